@@ -1,0 +1,63 @@
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from model.imcnet import IMCNet, IMCNetConfig
+
+MakeNetwork = Callable[..., IMCNet]
+MakeFrames = Callable[..., list[NDArray[np.uint8]]]
+
+
+def _make_network(num_frames: int = 3, frame_stride: int = 4, seed: int = 0) -> IMCNet:
+    """A small network that does something everywhere: no branch silent, offsets of about a pixel, and
+    about as much foreground as background. Untrained networks show one flat mask, which proves little."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
+        network = IMCNet(IMCNetConfig("resnet18", num_frames, frame_stride)).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                nn.init.uniform_(module.weight, 0.5, 1.0)
+                nn.init.uniform_(module.bias, -0.2, 0.2)
+                nn.init.uniform_(module.running_mean, -0.2, 0.2)
+                nn.init.uniform_(module.running_var, 0.8, 1.2)
+        for stage in network.alignment.stages:
+            nn.init.uniform_(stage.offsets.bias, -1.5, 1.5)
+            nn.init.normal_(stage.offsets.weight, std=0.02)
+        with torch.inference_mode():
+            logits = network(torch.randn(2, num_frames, 3, 64, 64)).logits
+        predict = network.segmentation.predict
+        with torch.no_grad():
+            scale = 1 / logits.std().item()
+            predict.weight.mul_(scale)
+            predict.bias.copy_((predict.bias - logits.median()) * scale)
+    return network
+
+
+@pytest.fixture(scope="session")
+def make_network() -> MakeNetwork:
+    return _make_network
+
+
+@pytest.fixture(scope="session")
+def network() -> IMCNet:
+    """Shared: a test that changes it makes its own."""
+    return _make_network()
+
+
+@pytest.fixture(scope="session")
+def network64() -> IMCNet:
+    """In float64, where an equality is not drowned in rounding. Shared like ``network``."""
+    return _make_network().double()
+
+
+@pytest.fixture(scope="session")
+def make_frames() -> MakeFrames:
+    def make(count: int, height: int = 40, width: int = 56, seed: int = 0) -> list[NDArray[np.uint8]]:
+        random = np.random.default_rng(seed)
+        return list(random.integers(0, 256, (count, height, width, 3), dtype=np.uint8))
+
+    return make
