@@ -1,0 +1,47 @@
+# Everything here works on a bare machine with Python 3.11 or newer, its venv module, make and gcc:
+# the virtual environment is made once and reused until pyproject.toml changes.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help demo up test lint format clean
+
+help: ## show this list
+	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
+
+demo: $(INSTALLED) ## send a video (VIDEO=path, or a rendered scene) through the whole service; results in demo/
+	$(BIN)/imcnet demo $(if $(VIDEO),"$(VIDEO)") --out demo
+
+up: $(INSTALLED) ## run API, worker and a private Redis in this terminal (WEIGHTS=path, or IMCNET_WEIGHTS)
+	$(BIN)/imcnet up $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+test: $(INSTALLED) ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED) ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(INSTALLED) ## format the sources
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+clean: ## remove caches, builds and the demo's results, not the virtual environment
+	rm -rf build dist demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
+	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+
+$(INSTALLED): pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "Python 3.11 or newer is needed, but $(PYTHON) is: $$($(PYTHON) --version 2>&1)" >&2; \
+		echo "Say which one to take: make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+		echo "$(PYTHON) lacks its venv module: apt install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)

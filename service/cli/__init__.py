@@ -1,0 +1,56 @@
+"""The `imcnet` command: the one place that may reach all three packages.
+
+Each command imports what it runs inside its own function. API, supervisor and RQ's worker process must
+stay free of torch, and `imcnet --help` must not wait seconds for it.
+"""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from model.errors import ModelError
+from service.cli import demo, segment, serve, up, weights
+from service.errors import EngineFailed, ImcnetError, QueueUnavailable
+
+app = typer.Typer(
+    name="imcnet",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.command("up")(up.up)
+app.command("serve")(serve.serve)
+app.command("worker")(serve.worker)
+app.command("segment")(segment.segment)
+app.command("demo")(demo.demo)
+app.add_typer(weights.app, name="weights")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"imcnet {version('imcnet')}")
+        raise typer.Exit
+
+
+@app.callback()
+def imcnet(
+    _version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Cuts the primary moving object out of any video."""
+
+
+def main() -> None:
+    """Run the command line.
+
+    An error ends it with one line on stderr and exit code 2, or 1 where the same command may work later.
+    """
+    try:
+        app()
+    except (ImcnetError, ModelError) as error:
+        typer.echo(f"imcnet: error: {error}", err=True)
+        sys.exit(1 if isinstance(error, QueueUnavailable | EngineFailed) else 2)

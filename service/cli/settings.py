@@ -1,0 +1,38 @@
+"""Settings for the commands: the environment's, overruled by what the command line gives."""
+
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import ValidationError
+
+from service.errors import Misconfigured
+from service.settings import SharedSettings
+from worker.settings import WorkerSettings
+
+SettingsT = TypeVar("SettingsT", bound=SharedSettings)
+
+
+def read_settings(kind: type[SettingsT], **given: object) -> SettingsT:
+    """Settings of ``kind``; a ``given`` value of None leaves the environment's.
+
+    Raises:
+        Misconfigured: A value is not valid; the message names its variable.
+    """
+    try:
+        return kind.model_validate({name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        complaints = (f"{_variable(str(e['loc'][0]))}: {e['msg']}" for e in error.errors())
+        raise Misconfigured("; ".join(complaints)) from error
+
+
+def require_weights(settings: WorkerSettings) -> Path:
+    """Raises: Misconfigured: No weights are configured, or the file is not there."""
+    if settings.weights is None:
+        raise Misconfigured("No weights are configured: give --weights FILE or set IMCNET_WEIGHTS.")
+    if not settings.weights.is_file():
+        raise Misconfigured(f"There is no weights file {settings.weights}.")
+    return settings.weights
+
+
+def _variable(name: str) -> str:
+    return name if name.isupper() else f"IMCNET_{name.upper()}"

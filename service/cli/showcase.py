@@ -1,0 +1,73 @@
+"""What the demo makes beside the job itself: its scene, the contact sheet, and how near the masks come."""
+
+import io
+import zipfile
+from pathlib import Path
+
+import av
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.evaluation.jaccard import region_similarity
+from model.scenes import render_scene
+
+_FRAMES, _HEIGHT, _WIDTH, _FPS = 24, 360, 640, 12
+_TILES, _TILE_COLUMNS, _TILE_WIDTH = 12, 4, 320
+
+
+def write_scene(path: Path, truth: Path) -> Path:
+    """Render a scene to an H.264 file, its masks to the folder ``truth``, ``{ordinal:08d}.png`` each.
+
+    Returns:
+        ``truth``.
+    """
+    truth.mkdir(exist_ok=True)
+    with av.open(path, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=_FPS, options={"crf": "16"})
+        stream.height, stream.width, stream.pix_fmt = _HEIGHT, _WIDTH, "yuv420p"
+        scene = render_scene(frames=_FRAMES, height=_HEIGHT, width=_WIDTH, seed=1)
+        for ordinal, (image, mask) in enumerate(scene):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+            Image.fromarray(mask).save(truth / f"{ordinal:08d}.png")
+        container.mux(stream.encode(None))
+    return truth
+
+
+def write_contact_sheet(video: Path, path: Path, *, frames: int) -> None:
+    """Lay a dozen frames of ``video``, evenly spread over its ``frames``, out on one picture."""
+    chosen = set(np.linspace(0, frames - 1, min(_TILES, frames)).round().astype(int).tolist())
+    with av.open(video) as container:
+        tiles = [_tile(frame) for ordinal, frame in enumerate(container.decode(video=0)) if ordinal in chosen]
+    height, width, _ = tiles[0].shape
+    rows = -(-len(tiles) // _TILE_COLUMNS)
+    sheet = np.zeros((rows * height, _TILE_COLUMNS * width, 3), np.uint8)
+    for position, tile in enumerate(tiles):
+        row, column = divmod(position, _TILE_COLUMNS)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
+    Image.fromarray(sheet).save(path)
+
+
+def mean_similarity(archive: Path, truth: Path) -> float:
+    """Mean J over all frames of the masks in a job's archive, against those in the folder ``truth``."""
+    with zipfile.ZipFile(archive) as masks:
+        return float(
+            np.mean(
+                [
+                    region_similarity(
+                        _read_mask(masks.read(f"masks/{file.name}")), _read_mask(file.read_bytes())
+                    )
+                    for file in sorted(truth.glob("*.png"))
+                ]
+            )
+        )
+
+
+def _tile(frame: av.VideoFrame) -> NDArray[np.uint8]:
+    height = max(1, round(frame.height * _TILE_WIDTH / frame.width))
+    return np.asarray(Image.fromarray(frame.to_ndarray(format="rgb24")).resize((_TILE_WIDTH, height)))
+
+
+def _read_mask(png: bytes) -> NDArray[np.bool_]:
+    with Image.open(io.BytesIO(png)) as image:
+        return np.asarray(image.convert("L")) >= 128

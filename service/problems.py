@@ -1,0 +1,86 @@
+"""Errors on their way out: everything leaves as RFC 9457 ``application/problem+json``."""
+
+import logging
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from service.errors import PROBLEMS, ImcnetError, InvalidRequest
+from service.jobs import Problem
+
+logger = logging.getLogger(__name__)
+
+_CODE_OF_STATUS = {
+    HTTPStatus.NOT_FOUND: "not_found",
+    HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
+}
+
+
+def problem_response(error: ImcnetError, *, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    """The answer to an error; a code that no request may end with is answered as ``internal_error``."""
+    if PROBLEMS[error.code].status is None:
+        error = ImcnetError("The request could not be completed.")
+    problem = Problem.of(error)
+    assert problem.status is not None
+    all_headers = dict(headers or {})
+    if error.retry_after_seconds is not None:
+        all_headers["Retry-After"] = str(error.retry_after_seconds)
+    return JSONResponse(
+        problem.model_dump(),
+        status_code=problem.status,
+        headers=all_headers,
+        media_type="application/problem+json",
+    )
+
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def documented(*codes: str) -> Responses:
+    """The OpenAPI ``responses`` of an endpoint that may answer with these codes."""
+    by_status: dict[int, list[str]] = {}
+    for code in codes:
+        status = PROBLEMS[code].status
+        assert status is not None, f"{code} has no HTTP status"
+        by_status.setdefault(int(status), []).append(code)
+    return {
+        status: {
+            "description": ", ".join(f"`{code}`" for code in codes),
+            "content": {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}},
+        }
+        for status, codes in by_status.items()
+    }
+
+
+def install(app: FastAPI) -> None:
+    """Let ``app`` answer every error as a problem."""
+
+    @app.exception_handler(ImcnetError)
+    async def known(request: Request, error: ImcnetError) -> Response:
+        if PROBLEMS[error.code].status in (None, HTTPStatus.INTERNAL_SERVER_ERROR):
+            logger.error("%s %s: %s", request.method, request.url.path, error.detail)
+        return problem_response(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        complaints = (f"{e['loc'][-1]}: {e['msg']}" for e in error.errors())
+        return problem_response(InvalidRequest("; ".join(complaints), code="invalid_options"))
+
+    @app.exception_handler(HTTPException)
+    async def routing(request: Request, error: HTTPException) -> Response:
+        code = _CODE_OF_STATUS.get(HTTPStatus(error.status_code), "bad_request")
+        return problem_response(InvalidRequest(str(error.detail), code=code), headers=error.headers)
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return problem_response(InvalidRequest("The client went away."))  # nobody is there to read it
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> Response:
+        return problem_response(ImcnetError("Something went wrong on our side."))

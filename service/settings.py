@@ -1,0 +1,97 @@
+"""Settings, from ``IMCNET_…`` environment variables; read at the edge, below it there are plain values."""
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import AliasChoices, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.errors import Misconfigured
+from service.media import MediaLimits
+
+MIB = 2**20
+GIB = 2**30
+
+
+class SharedSettings(BaseSettings):
+    """What the API and the workers have to agree on."""
+
+    model_config = SettingsConfigDict(env_prefix="IMCNET_", frozen=True, extra="ignore")
+
+    redis_url: str | None = Field(
+        default=None,
+        validation_alias=AliasChoices("IMCNET_REDIS_URL", "REDIS_URL"),
+        description="Redis of the queue. `imcnet up` starts one of its own where none is given.",
+    )
+    redis_timeout_seconds: PositiveFloat = Field(
+        default=1.0, description="How long the API waits for Redis before it answers 503."
+    )
+    data_dir: Path = Field(
+        default=Path("imcnet-data"),
+        description="Uploads, jobs and artifacts; shared by the API and all workers.",
+    )
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Log level.")
+    lease_seconds: PositiveInt = Field(
+        default=30, description="A worker silent for this long loses its job to another one."
+    )
+    max_attempts: PositiveInt = Field(default=3, description="Attempts at a job whose worker or engine dies.")
+    job_timeout_seconds: PositiveInt = Field(default=7200, description="Time limit of one attempt at a job.")
+    keep_originals: bool = Field(default=False, description="Keep the uploaded video until the job expires.")
+    max_pixels: PositiveInt = Field(default=4096 * 2304, description="Largest picture, in pixels of area.")
+    min_side: PositiveInt = Field(default=16, description="Shortest picture side, in pixels.")
+    max_duration_seconds: PositiveInt = Field(default=600, description="Longest video.")
+    max_frames: PositiveInt = Field(default=20_000, description="Most frames of a video.")
+    max_streams: PositiveInt = Field(default=32, description="Most streams in a container.")
+    max_corrupt_fraction: float = Field(
+        default=0.05, ge=0, le=1, description="Share of damaged packets above which a job fails."
+    )
+
+    def require_redis_url(self) -> str:
+        """Raises: Misconfigured: No Redis is configured."""
+        if self.redis_url is None:
+            raise Misconfigured("No Redis is configured: set IMCNET_REDIS_URL, or use `imcnet up`.")
+        return self.redis_url
+
+    @property
+    def media_limits(self) -> MediaLimits:
+        return MediaLimits(
+            max_pixels=self.max_pixels,
+            min_side=self.min_side,
+            max_duration_seconds=self.max_duration_seconds,
+            max_frames=self.max_frames,
+            max_streams=self.max_streams,
+        )
+
+
+class ServiceSettings(SharedSettings):
+    """What only the API needs."""
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on.")
+    root_path: str = Field(default="", description="Path prefix that a reverse proxy strips.")
+    max_upload_bytes: PositiveInt = Field(default=2 * GIB, description="Largest request body.")
+    max_form_field_bytes: PositiveInt = Field(
+        default=64 * 1024, description="Largest option field of a form."
+    )
+    upload_idle_seconds: PositiveFloat = Field(
+        default=30, description="An upload that sends nothing for this long is dropped."
+    )
+    disk_reserve_bytes: NonNegativeInt = Field(
+        default=5 * GIB, description="Free disk space that an upload must leave, beside twice its own size."
+    )
+    probe_timeout_seconds: PositiveFloat = Field(
+        default=15, description="Time limit of the probe of an upload."
+    )
+    probe_memory_bytes: PositiveInt = Field(
+        default=3 * GIB // 2, description="Address space of the probe of an upload."
+    )
+    max_queued_jobs: PositiveInt = Field(default=100, description="Jobs that may wait; more are refused.")
+    retention_seconds: PositiveInt = Field(
+        default=86_400, description="Finished jobs are kept for this long."
+    )
+    tombstone_seconds: PositiveInt = Field(
+        default=7 * 86_400, description="For this long an expired or deleted job answers 410, later 404."
+    )
+    sweep_interval_seconds: PositiveFloat = Field(
+        default=30, description="How often expired jobs and left-over uploads are removed."
+    )

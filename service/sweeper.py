@@ -1,0 +1,45 @@
+"""Clearing up what time and crashes leave behind, at start and on a timer; twice changes nothing."""
+
+import logging
+from datetime import timedelta
+
+from service.errors import ImcnetError, JobGone, JobNotFound, QueueUnavailable
+from service.jobs import JobStatus, Outcome, Problem, utc_now
+from service.queue import JobQueue
+from service.settings import ServiceSettings
+from service.storage import JobStorage
+
+logger = logging.getLogger(__name__)
+
+
+def sweep(storage: JobStorage, queue: JobQueue, settings: ServiceSettings) -> None:
+    """Expire finished jobs, clear left-overs, and keep the promise of jobs that the queue has lost."""
+    storage.sweep_leftovers(
+        upload_idle_seconds=2 * settings.upload_idle_seconds + settings.probe_timeout_seconds,
+        tombstone_seconds=settings.tombstone_seconds,
+    )
+    retention = timedelta(seconds=settings.retention_seconds)
+    for job_id in storage.job_ids():
+        outcome = storage.outcome(job_id)
+        if outcome is None:
+            _keep_promise(job_id, storage, queue)
+        elif outcome.finished_at + retention < utc_now():
+            storage.remove(job_id)
+            queue.forget(job_id)
+
+
+def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue) -> None:
+    """Queue an accepted job that the queue does not know; end one that the queue has given up."""
+    try:
+        if queue.crashed(job_id):
+            error = ImcnetError("The worker died at every attempt.", code="worker_crashed")
+            storage.conclude(
+                job_id, Outcome(status=JobStatus.FAILED, finished_at=utc_now(), error=Problem.of(error))
+            )
+            queue.forget(job_id)
+        else:
+            queue.submit(storage.load(job_id))
+    except (JobNotFound, JobGone):
+        return  # deleted meanwhile
+    except QueueUnavailable as error:
+        logger.warning("Job %s: %s", job_id, error.detail)

@@ -1,0 +1,266 @@
+"""The `imcnet` command as a user meets it: in a process of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from service.cli.showcase import write_scene
+
+
+def imcnet(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "service.cli", *map(str, arguments)],
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+    )
+
+
+def error_of(result: "subprocess.CompletedProcess[str]", *, code: int = 2) -> str:
+    """The one line that a command ended with."""
+    assert result.returncode == code, result.stderr
+    assert "Traceback" not in result.stderr
+    errors = [line for line in result.stderr.splitlines() if line.startswith("imcnet: error: ")]
+    assert len(errors) == 1, result.stderr
+    assert result.stderr.splitlines()[-1] == errors[0]
+    return errors[0]
+
+
+@pytest.fixture
+def frames_folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "frames"
+    folder.mkdir()
+    for name in ("b", "a", "c"):
+        Image.fromarray(np.full((24, 40, 3), 128, np.uint8)).save(folder / f"{name}.jpg")
+    return folder
+
+
+def test_it_tells_its_version() -> None:
+    assert imcnet("--version").stdout.startswith("imcnet ")
+
+
+# -- up, serve, worker -----------------------------------------------------------------------------------
+
+
+def test_up_refuses_to_start_without_weights(tmp_path: Path) -> None:
+    result = imcnet("up", IMCNET_DATA_DIR=str(tmp_path / "data"))
+    assert "No weights are configured" in error_of(result)
+    assert not (tmp_path / "data").exists()
+
+
+def test_up_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
+    assert "missing.safetensors" in error_of(imcnet("up", "--weights", tmp_path / "missing.safetensors"))
+
+
+@pytest.mark.processes
+def test_up_ends_where_a_part_of_it_is_misconfigured(tmp_path: Path) -> None:
+    (tmp_path / "no-weights").write_text("text")
+    result = imcnet(
+        "up", "--weights", tmp_path / "no-weights", "--port", 0, IMCNET_DATA_DIR=str(tmp_path / "data")
+    )
+    assert result.returncode == 2
+    assert "imcnet: error: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+@pytest.mark.parametrize("command", ["serve", "worker"])
+def test_without_a_redis_it_says_which_setting_is_missing(
+    command: str, untrained_weights: Path, tmp_path: Path
+) -> None:
+    result = imcnet(command, IMCNET_WEIGHTS=str(untrained_weights), IMCNET_DATA_DIR=str(tmp_path))
+    assert "IMCNET_REDIS_URL" in error_of(result)
+
+
+def test_serve_says_where_it_looked_for_redis_and_keeps_the_password(tmp_path: Path) -> None:
+    message = error_of(
+        imcnet("serve", IMCNET_REDIS_URL="redis://:secret@127.0.0.1:1/0", IMCNET_DATA_DIR=str(tmp_path))
+    )
+    assert "127.0.0.1:1" in message
+    assert "secret" not in message
+
+
+def test_serve_refuses_a_redis_url_that_is_none(tmp_path: Path) -> None:
+    assert "redis://" in error_of(
+        imcnet("serve", IMCNET_REDIS_URL="localhost", IMCNET_DATA_DIR=str(tmp_path))
+    )
+
+
+def test_a_worker_without_redis_may_be_started_again(untrained_weights: Path, tmp_path: Path) -> None:
+    result = imcnet(
+        "worker",
+        "--weights",
+        untrained_weights,
+        IMCNET_REDIS_URL="redis://127.0.0.1:1",
+        IMCNET_DATA_DIR=str(tmp_path),
+    )
+    assert "cannot be reached" in error_of(result, code=1)
+
+
+@pytest.mark.processes
+def test_serve_says_that_its_port_is_taken(redis_url: str, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        result = imcnet("serve", "--port", port, IMCNET_REDIS_URL=redis_url, IMCNET_DATA_DIR=str(tmp_path))
+    assert f"port {port}: Address already in use" in error_of(result)
+
+
+def test_a_setting_that_is_not_valid_is_named() -> None:
+    assert "IMCNET_PORT" in error_of(imcnet("serve", IMCNET_PORT="http"))
+
+
+@pytest.mark.processes
+def test_a_worker_without_weights_says_how_to_give_them(redis_url: str, tmp_path: Path) -> None:
+    result = imcnet("worker", IMCNET_REDIS_URL=redis_url, IMCNET_DATA_DIR=str(tmp_path))
+    assert "IMCNET_WEIGHTS" in error_of(result)
+
+
+@pytest.mark.processes
+def test_a_worker_does_not_fall_back_from_a_gpu_that_is_not_there(
+    redis_url: str, untrained_weights: Path, tmp_path: Path
+) -> None:
+    result = imcnet(
+        *("worker", "--device", "cuda:7", "--weights", untrained_weights),
+        IMCNET_REDIS_URL=redis_url,
+        IMCNET_DATA_DIR=str(tmp_path),
+    )
+    assert "cuda:7" in error_of(result)
+
+
+def test_workers_on_all_gpus_need_a_gpu() -> None:
+    assert "no CUDA device" in error_of(imcnet("worker", "--devices", "all"))
+
+
+def test_one_device_and_several_exclude_each_other() -> None:
+    assert "not both" in error_of(imcnet("worker", "--devices", "all", "--device", "cpu"))
+
+
+# -- segment ---------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_frames_gets_a_mask_a_frame_under_the_frames_name(
+    frames_folder: Path, untrained_weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "masks"
+    result = imcnet("segment", frames_folder, out, "--weights", untrained_weights, "--input-size", 64)
+    assert result.returncode == 0, result.stderr
+    assert sorted(path.name for path in out.iterdir()) == ["a.png", "b.png", "c.png"]
+    with Image.open(out / "a.png") as mask:
+        assert (mask.mode, mask.size) == ("1", (40, 24))
+
+
+def test_a_video_gets_a_mask_a_frame_under_its_number(untrained_weights: Path, tmp_path: Path) -> None:
+    write_scene(tmp_path / "scene.mp4", tmp_path / "truth")
+    out = tmp_path / "masks"
+    result = imcnet(
+        "segment",
+        tmp_path / "scene.mp4",
+        out,
+        "--weights",
+        untrained_weights,
+        "--input-size",
+        64,
+        "--max-side",
+        160,
+    )
+    assert result.returncode == 0, result.stderr
+    names = sorted(path.name for path in out.iterdir())
+    assert names == sorted(path.name for path in (tmp_path / "truth").iterdir())
+    with Image.open(out / names[0]) as mask:
+        assert mask.size == (160, 90)
+
+
+def test_untrained_weights_are_called_so(
+    frames_folder: Path, untrained_weights: Path, tmp_path: Path
+) -> None:
+    result = imcnet(
+        "segment", frames_folder, tmp_path / "masks", "--weights", untrained_weights, "--input-size", 64
+    )
+    assert "not trained" in result.stderr
+
+
+def test_an_unreadable_video_is_one_clear_line(untrained_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").write_text("no video")
+    result = imcnet("segment", tmp_path / "video.mp4", tmp_path / "masks", "--weights", untrained_weights)
+    error_of(result)
+    assert not (tmp_path / "masks").exists()
+
+
+def test_an_unreadable_frame_is_named(frames_folder: Path, untrained_weights: Path, tmp_path: Path) -> None:
+    (frames_folder / "b.jpg").write_text("no image")
+    result = imcnet(
+        "segment", frames_folder, tmp_path / "masks", "--weights", untrained_weights, "--input-size", 64
+    )
+    assert "b.jpg" in error_of(result)
+
+
+def test_frames_of_different_sizes_are_refused(
+    frames_folder: Path, untrained_weights: Path, tmp_path: Path
+) -> None:
+    Image.fromarray(np.zeros((8, 8, 3), np.uint8)).save(frames_folder / "d.png")
+    result = imcnet(
+        "segment", frames_folder, tmp_path / "masks", "--weights", untrained_weights, "--input-size", 64
+    )
+    assert "d.png" in error_of(result)
+
+
+def test_a_folder_without_frames_is_refused(untrained_weights: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    result = imcnet("segment", tmp_path / "empty", tmp_path / "masks", "--weights", untrained_weights)
+    assert "no images" in error_of(result)
+
+
+def test_masks_do_not_go_into_a_folder_that_holds_files_unless_told_so(
+    frames_folder: Path, untrained_weights: Path
+) -> None:
+    arguments = ("segment", frames_folder, frames_folder, "--weights", untrained_weights, "--input-size", 64)
+    assert "--overwrite" in error_of(imcnet(*arguments))
+    assert imcnet(*arguments, "--overwrite").returncode == 0
+    assert (frames_folder / "a.png").exists()
+
+
+def test_segmenting_needs_weights(frames_folder: Path, tmp_path: Path) -> None:
+    assert "No weights are configured" in error_of(imcnet("segment", frames_folder, tmp_path / "masks"))
+
+
+def test_segmenting_does_not_fall_back_from_a_gpu_that_is_not_there(
+    frames_folder: Path, untrained_weights: Path, tmp_path: Path
+) -> None:
+    result = imcnet(
+        "segment", frames_folder, tmp_path / "masks", "--weights", untrained_weights, "--device", "cuda"
+    )
+    assert "cuda" in error_of(result)
+
+
+# -- weights ---------------------------------------------------------------------------------------------
+
+
+def test_new_weights_are_marked_as_untrained(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    assert imcnet("weights", "init", path, "--backbone", "resnet18", "--seed", 3).returncode == 0
+    facts = json.loads(imcnet("weights", "show", path).stdout)
+    assert facts["trained"] is False
+    assert facts["config"]["backbone"] == "resnet18"
+    assert len(facts["sha256"]) == 64
+
+
+def test_weights_are_never_overwritten(untrained_weights: Path) -> None:
+    assert "exists already" in error_of(imcnet("weights", "init", untrained_weights))
+
+
+def test_an_unknown_backbone_is_refused_with_those_there_are(tmp_path: Path) -> None:
+    assert "resnet101" in error_of(imcnet("weights", "init", tmp_path / "new", "--backbone", "vgg"))
+
+
+def test_a_file_that_is_no_weights_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "text").write_text("text")
+    error_of(imcnet("weights", "show", tmp_path / "text"))
+    error_of(imcnet("weights", "import", tmp_path / "text", tmp_path / "new"))

@@ -1,0 +1,143 @@
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from pydantic import ValidationError
+
+from service.errors import PROBLEMS, EngineFailed, ImcnetError
+from service.jobs import (
+    Artifact,
+    Job,
+    JobInput,
+    JobOptions,
+    JobRecord,
+    JobStatus,
+    Outcome,
+    Problem,
+    Progress,
+    QueueState,
+    describe,
+)
+
+NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
+JOB_ID = "0190b0aa-0000-7000-8000-000000000001"
+RECORD = JobRecord(
+    id=JOB_ID,
+    created_at=NOON,
+    options=JobOptions(),
+    input=JobInput(
+        width=64,
+        height=48,
+        rotation=0,
+        fps=25.0,
+        frames=10,
+        duration_s=0.4,
+        container="mov",
+        codec="h264",
+        filename="a.mp4",
+        bytes=123,
+        sha256="0" * 64,
+    ),
+)
+
+
+def shown(outcome: Outcome | None, state: QueueState | None, *, root_path: str = "") -> Job:
+    return describe(RECORD, outcome, state, retention=timedelta(hours=24), root_path=root_path)
+
+
+def ended(status: JobStatus, **fields: object) -> Outcome:
+    return Outcome.model_validate({"status": status, "finished_at": NOON + timedelta(minutes=1), **fields})
+
+
+def test_an_accepted_job_that_the_queue_does_not_know_is_still_queued() -> None:
+    assert shown(None, None).status is JobStatus.QUEUED
+
+
+def test_a_queued_job_shows_its_position() -> None:
+    job = shown(None, QueueState(running=False, position=3, workers_alive=1))
+    assert (job.status, job.queue_position, job.warnings) == (JobStatus.QUEUED, 3, ())
+
+
+def test_a_queued_job_says_that_no_worker_is_alive() -> None:
+    job = shown(None, QueueState(running=False, position=1, workers_alive=0))
+    assert [warning.code for warning in job.warnings] == ["no_worker"]
+
+
+def test_a_running_job_shows_its_progress() -> None:
+    progress = Progress(phase="segmenting", frames_done=4, frames_total=16, fps=2.0)
+    job = shown(
+        None, QueueState(running=True, attempt=2, started_at=NOON, progress=progress, workers_alive=1)
+    )
+    assert job.status is JobStatus.RUNNING
+    assert (job.attempt, job.started_at) == (2, NOON)
+    assert (job.progress.percent, job.progress.eta_s) == (25.0, 6.0)
+
+
+def test_progress_makes_no_claim_where_the_total_is_unknown() -> None:
+    progress = Progress(phase="segmenting", frames_done=4, fps=2.0)
+    assert (progress.percent, progress.eta_s) == (None, None)
+
+
+def test_the_outcome_decides_whatever_the_queue_says() -> None:
+    for status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
+        assert shown(ended(status), QueueState(running=True)).status is status
+
+
+def test_a_canceled_job_is_canceling_until_its_worker_has_let_go() -> None:
+    outcome = ended(JobStatus.CANCELED)
+    assert shown(outcome, QueueState(running=True)).status is JobStatus.CANCELING
+    assert shown(outcome, None).status is JobStatus.CANCELED
+    assert shown(outcome, QueueState(running=False)).status is JobStatus.CANCELED
+
+
+def test_a_succeeded_job_tells_counted_frames_and_where_its_artifacts_are() -> None:
+    artifact = Artifact(name="masks.zip", media_type="application/zip", bytes=1, sha256="1" * 64)
+    job = shown(
+        ended(JobStatus.SUCCEEDED, frames=12, artifacts=(artifact,), workspace="attempt-x"),
+        None,
+        root_path="/v",
+    )
+    assert job.input.frames == 12
+    assert job.progress.percent == 100
+    assert job.artifacts[0].url == f"/v/jobs/{JOB_ID}/artifacts/masks.zip"
+    assert job.links.self == f"/v/jobs/{JOB_ID}"
+    assert job.expires_at == NOON + timedelta(minutes=1, hours=24)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"threshold": 0},
+        {"threshold": 1},
+        {"threshold": "x"},
+        {"max_side": 15},
+        {"artifacts": []},
+        {"colour": 1},
+    ],
+)
+def test_options_out_of_range_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(ValidationError):
+        JobOptions.model_validate(options)
+
+
+def test_artifacts_asked_for_twice_are_made_once() -> None:
+    options = JobOptions.model_validate({"artifacts": ["overlay", "masks", "overlay"]})
+    assert [kind.value for kind in options.artifacts] == ["masks", "overlay"]
+
+
+def test_every_error_class_has_its_row_in_the_table() -> None:
+    pending = [ImcnetError]
+    while pending:
+        kind = pending.pop()
+        assert kind.code in PROBLEMS, kind
+        pending += kind.__subclasses__()
+
+
+def test_a_problem_carries_code_title_and_detail() -> None:
+    problem = Problem.of(EngineFailed("It died."))
+    assert (problem.code, problem.detail, problem.status) == ("engine_failed", "It died.", None)
+
+
+def test_record_and_outcome_survive_json() -> None:
+    outcome = ended(JobStatus.FAILED, error=Problem.of(EngineFailed("It died.")), attempt=3)
+    assert JobRecord.model_validate_json(RECORD.model_dump_json()) == RECORD
+    assert Outcome.model_validate_json(outcome.model_dump_json()) == outcome

@@ -1,0 +1,180 @@
+"""Video file → RGB frames, one by one, as they are displayed. Memory does not grow with the video's length.
+
+Frames are counted as they are decoded; what the container says of the duration is used for one thing only: to
+notice that a file was cut.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import av
+import numpy as np
+from av.video.reformatter import ColorTrc, VideoReformatter
+from numpy.typing import NDArray
+
+from service.errors import UnusableVideo
+from service.jobs import JobWarning
+from service.media import (
+    MediaLimits,
+    check_frame_size,
+    clockwise_rotation,
+    displayed_size,
+    frame_rate,
+    no_frame,
+    open_video,
+)
+from worker.packets import PacketDecoder, ends_early
+
+_HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
+# What swscale converts, as AVColorSpace counts: RGB, BT.709, unspecified, FCC, BT.470BG, SMPTE 170M and 240M,
+# BT.2020 with non-constant luminance.
+_CONVERTIBLE_COLORSPACES = (0, 1, 2, 4, 5, 6, 7, 9)
+_UNSPECIFIED_COLORSPACE = 2
+_MISSING_FRACTION = 0.05  # of the frames announced; with varying frame rates that is an estimate
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class VideoFrame:
+    """A decoded frame: ``image`` is RGB, ``(H, W, 3)``, contiguous; ``pts`` counts the stream's time base."""
+
+    image: NDArray[np.uint8]
+    pts: int | None
+    time_seconds: float | None
+
+
+class VideoReader:
+    """The frames of an untrusted file, in the order of display. A context manager, to be iterated once.
+
+    ``width`` and ``height`` (pixels as displayed, after rotation) and ``fps`` are known on entry; ``frames``
+    (decoded so far) and ``warnings`` are complete after the iteration. All images have the size of the first
+    one: later frames of another size are scaled to it, with the warning ``resolution_change``.
+    """
+
+    width: int
+    height: int
+    fps: float | None
+    frames: int
+
+    def __init__(self, path: Path, limits: MediaLimits, *, max_corrupt_fraction: float) -> None:
+        """Args: max_corrupt_fraction: Share of damaged packets above which the video is refused."""
+        self._path = path
+        self._limits = limits
+        self._max_corrupt_fraction = max_corrupt_fraction
+        self._reformatter = VideoReformatter()
+        self._warnings: dict[str, JobWarning] = {}
+
+    @property
+    def warnings(self) -> tuple[JobWarning, ...]:
+        return tuple(self._warnings.values())
+
+    def __enter__(self) -> Self:
+        """Open the file and decode its first frame.
+
+        Raises:
+            UnusableVideo: As :func:`service.media.open_video`; or ``undecodable_stream``,
+                ``dimensions_below_limit``, ``dimensions_exceed_limit``.
+            OSError: The file is not there or cannot be read.
+        """
+        with ExitStack() as stack:
+            video = stack.enter_context(open_video(self._path, self._limits, thread_count=0))
+            self._decoder = PacketDecoder(video, self._limits)
+            decoded = self._decoder.frames()
+            first = next(decoded, None)
+            if first is None:
+                raise no_frame(video.stream, self._limits)
+            self.width, self.height = displayed_size(first)
+            check_frame_size(self.width, self.height, self._limits)
+            self.fps = frame_rate(video.stream)
+            self.frames = 0
+            self._decoded = chain((first,), decoded)
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """Decode frame after frame.
+
+        Raises:
+            UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
+                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``resource_limit``.
+        """
+        for frame in self._decoded:
+            if self.frames == self._limits.max_frames:
+                raise UnusableVideo(
+                    f"The video has more than the {self.frames} frames that are allowed.",
+                    code="too_many_frames",
+                )
+            self._inspect(frame)
+            self.frames += 1
+            yield VideoFrame(self._image(frame), frame.pts, self._decoder.seconds(frame.pts))
+        self._check_complete()
+        self._check_damage()
+        self._check_count()
+
+    def _check_complete(self) -> None:
+        """Raises: UnusableVideo: ``truncated_input``."""
+        declared, reached = self._decoder.declared_seconds(), self._decoder.reached_seconds()
+        cut = declared is not None and ends_early(declared, reached, frames=self.frames)
+        if self._decoder.broke_off or cut:
+            until = "" if declared is None else f", at {reached:.1f} s of {declared:.1f} s"
+            raise UnusableVideo(
+                f"The video breaks off after {self.frames} frames{until}.", code="truncated_input"
+            )
+
+    def _check_damage(self) -> None:
+        """Raises: UnusableVideo: ``corrupt_input``."""
+        damaged, packets = self._decoder.damaged, self._decoder.packets
+        counts = f"{damaged} of the video's {packets} packets are damaged"
+        if damaged > packets * self._max_corrupt_fraction:
+            raise UnusableVideo(
+                f"{counts}; at most {self._max_corrupt_fraction:.1%} may be.", code="corrupt_input"
+            )
+        if damaged:
+            self._warn("damaged_frames", f"{counts}; {self.frames} frames could be decoded.")
+
+    def _check_count(self) -> None:
+        claimed = self._decoder.claimed_frames()
+        if claimed is not None and self.frames < claimed * (1 - _MISSING_FRACTION):
+            # Matroska skips to the next intact cluster without a word.
+            self._warn(
+                "missing_frames",
+                f"The container announces about {claimed} frames; {self.frames} could be decoded.",
+            )
+
+    def _inspect(self, frame: av.VideoFrame) -> None:
+        width, height = displayed_size(frame)
+        check_frame_size(width, height, self._limits)
+        if (width, height) != (self.width, self.height):
+            self._warn(
+                "resolution_change",
+                f"The picture changes from {self.width}×{self.height} to {width}×{height} pixels at frame"
+                f" {self.frames}; all masks have the first size.",
+            )
+        if frame.color_trc in _HDR_TRANSFERS:
+            self._warn("hdr", "The video has a high dynamic range; it is segmented without tone mapping.")
+
+    def _warn(self, code: str, detail: str) -> None:
+        """Keep the first warning of a kind."""
+        self._warnings.setdefault(code, JobWarning(code=code, detail=detail))
+
+    def _image(self, frame: av.VideoFrame) -> NDArray[np.uint8]:
+        rotation = clockwise_rotation(frame)
+        sideways = rotation in (90, 270)
+        if frame.colorspace not in _CONVERTIBLE_COLORSPACES:
+            frame.colorspace = _UNSPECIFIED_COLORSPACE  # slightly wrong colours, where swscale would refuse
+        rgb = self._reformatter.reformat(
+            frame,
+            width=self.height if sideways else self.width,
+            height=self.width if sideways else self.height,
+            format="rgb24",
+        )
+        return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), k=-rotation // 90), dtype=np.uint8)

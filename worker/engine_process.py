@@ -1,0 +1,235 @@
+"""The worker's and the horse's side of the engine. No torch in here."""
+
+import contextlib
+import logging
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+
+from pydantic import TypeAdapter
+
+from service.errors import EngineFailed, Misconfigured
+from worker.decode import VideoFrame
+from worker.protocol import (
+    DONE,
+    MASK,
+    EngineConfig,
+    EngineReady,
+    EngineRefused,
+    Mask,
+    StreamDone,
+    StreamRequest,
+)
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+_TICK_SECONDS = 0.25
+_GREETING: TypeAdapter[EngineReady | EngineRefused] = TypeAdapter(EngineReady | EngineRefused)
+
+
+class EngineProcess:
+    """The one engine of a worker: started, looked after and ended by RQ's parent process."""
+
+    def __init__(self, settings: WorkerSettings) -> None:
+        self._settings = settings
+        self._directory = Path(tempfile.mkdtemp(prefix="imcnet-"))  # 0700, and short: socket paths are
+        self._process: subprocess.Popen[bytes] | None = None
+        self._ready: EngineReady | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None, "the engine has not been started"
+        return self._process.pid
+
+    @property
+    def ready(self) -> EngineReady:
+        assert self._ready is not None, "the engine has not been started"
+        return self._ready
+
+    @property
+    def socket(self) -> Path:
+        return self._directory / "engine"
+
+    def ensure_running(self) -> None:
+        """Start the engine if there is none, or none that is alive any more.
+
+        Raises:
+            Misconfigured: It cannot start as configured: weights, device or input size.
+            EngineFailed: It died or was not ready in time.
+        """
+        if self._process is not None and self._process.poll() is None:
+            return
+        if self._process is not None:
+            logger.warning("The engine (pid %d) is dead; starting a new one", self._process.pid)
+        self._start()
+
+    def stop(self) -> None:
+        """End the engine at once: it holds nothing that would have to be saved."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
+            self._process = None
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    def _start(self) -> None:
+        if self._settings.weights is None:
+            raise Misconfigured("No weights are configured: set IMCNET_WEIGHTS to a weights file.")
+        self.socket.unlink(missing_ok=True)
+        config = EngineConfig(
+            socket=self.socket,
+            parent_pid=os.getpid(),
+            weights=self._settings.weights,
+            weights_sha256=self._settings.weights_sha256,
+            device=self._settings.device,
+            input_size=self._settings.input_size,
+            cpu_threads=self._settings.cpu_threads,
+        )
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.engine", config.model_dump_json()], stdout=subprocess.PIPE
+        )
+        self._ready = self._wait_until_ready(self._process)
+        logger.info("The engine (pid %d) is ready on %s", self.pid, self._ready.device)
+
+    def _wait_until_ready(self, process: subprocess.Popen[bytes]) -> EngineReady:
+        assert process.stdout is not None
+        with process.stdout as stdout:
+            timeout = self._settings.engine_start_seconds
+            line = stdout.readline() if select.select([stdout], [], [], timeout)[0] else b""
+        if not line:
+            process.kill()
+            process.wait()
+            raise EngineFailed("The engine did not start; its log says why.")
+        greeting = _GREETING.validate_json(line)
+        if isinstance(greeting, EngineRefused):
+            process.wait()
+            raise Misconfigured(greeting.reason)
+        return greeting
+
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentedFrame:
+    frame: VideoFrame
+    mask: Mask
+
+
+class EngineStream:
+    """One video's way through the engine, from the horse.
+
+    A thread of its own reads and sends the frames, so that decoding runs beside the network, and the caller's
+    thread is always free to be stopped.
+
+    Args:
+        socket_path, engine_pid: The engine.
+        tick: Called at least every quarter of a second while masks are waited for; whatever it raises ends
+            the stream.
+        stall_seconds: An engine that neither takes a frame nor returns a mask for this long is killed.
+    """
+
+    def __init__(
+        self, *, socket_path: Path, engine_pid: int, tick: Callable[[], None], stall_seconds: float
+    ) -> None:
+        self._socket_path = socket_path
+        self._engine_pid = engine_pid
+        self._tick = tick
+        self._stall_seconds = stall_seconds
+        self._pending: deque[VideoFrame] = deque()
+        self._sender_error: BaseException | None = None
+        self._last_activity = time.monotonic()
+        self.decode_s = 0.0
+        self.inference_s = 0.0
+
+    def segment(self, frames: Iterable[VideoFrame], request: StreamRequest) -> Iterator[SegmentedFrame]:
+        """Send all ``frames`` through the engine and yield them with their masks, in order.
+
+        Raises:
+            EngineFailed: The engine died, hung or reported an error.
+            BaseException: Whatever ``frames`` or ``tick`` raise, as it is.
+        """
+        self._last_activity = time.monotonic()
+        with _connected(self._socket_path) as connection:
+            sender = threading.Thread(target=self._send, args=(connection, frames, request), daemon=True)
+            sender.start()
+            try:
+                yield from self._receive(connection, request)
+            finally:
+                _hang_up(connection)
+                sender.join()
+
+    def _send(self, connection: Connection, frames: Iterable[VideoFrame], request: StreamRequest) -> None:
+        try:
+            connection.send_bytes(request.model_dump_json().encode())
+            iterator = iter(frames)
+            while True:
+                began = time.monotonic()
+                frame = next(iterator, None)
+                self.decode_s += time.monotonic() - began
+                if frame is None:
+                    break
+                self._pending.append(frame)
+                connection.send_bytes(memoryview(frame.image).cast("B"))
+                self._last_activity = time.monotonic()
+            connection.send_bytes(b"")
+        except ConnectionError:
+            return  # the receiving side sees the same, and says so
+        except BaseException as error:  # handed to the caller's thread, which raises it
+            self._sender_error = error
+
+    def _receive(self, connection: Connection, request: StreamRequest) -> Iterator[SegmentedFrame]:
+        while True:
+            self._wait(connection)
+            try:
+                message = connection.recv_bytes()
+            except (EOFError, ConnectionError) as error:
+                raise EngineFailed("The segmentation engine died.") from error
+            self._last_activity = time.monotonic()
+            kind, body = message[:1], message[1:]
+            if kind == MASK:
+                yield SegmentedFrame(frame=self._pending.popleft(), mask=request.parse_mask(body))
+            elif kind == DONE:
+                self.inference_s = StreamDone.model_validate_json(body).inference_s
+                return
+            else:
+                logger.error("The engine failed: %s", body.decode(errors="replace"))
+                raise EngineFailed("The segmentation engine failed on this video.")
+
+    def _wait(self, connection: Connection) -> None:
+        """Return as soon as there is a message to read."""
+        while True:
+            self._tick()
+            if self._sender_error is not None:
+                raise self._sender_error
+            if connection.poll(_TICK_SECONDS):
+                return
+            if time.monotonic() - self._last_activity > self._stall_seconds:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(self._engine_pid, signal.SIGKILL)  # the worker notices and starts another one
+                raise EngineFailed(f"The segmentation engine did nothing for {self._stall_seconds:.0f} s.")
+
+
+@contextlib.contextmanager
+def _connected(path: Path) -> Iterator[Connection]:
+    try:
+        connection = Client(str(path), "AF_UNIX")
+    except OSError as error:
+        raise EngineFailed("The segmentation engine cannot be reached.") from error
+    with connection:
+        yield connection
+
+
+def _hang_up(connection: Connection) -> None:
+    """Wake a sender that is blocked in a write: closing the descriptor alone would not."""
+    with socket.socket(fileno=os.dup(connection.fileno())) as duplicate, contextlib.suppress(OSError):
+        duplicate.shutdown(socket.SHUT_RDWR)

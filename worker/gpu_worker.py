@@ -1,0 +1,182 @@
+"""The worker: RQ's, with an engine beside it that outlives its jobs. No torch in here.
+
+Of RQ as little as possible is overridden: a live engine before each job, leases of our own length, a SIGTERM
+that gives the running job back, and an outcome for jobs that RQ gives up.
+"""
+
+import logging
+import os
+import signal
+import socket
+from contextlib import suppress
+from types import FrameType
+from typing import Any
+from uuid import uuid4
+
+from redis import Redis
+from redis.exceptions import RedisError
+from rq import Queue, Worker
+from rq.executions import Execution
+from rq.job import Job as RqJob
+from rq.serializers import JSONSerializer
+
+from service.errors import ImcnetError, Misconfigured, QueueUnavailable
+from service.jobs import JobStatus, Outcome, Problem, WorkerInfo, utc_now
+from service.processes import die_with_parent
+from service.queue import QUEUE_NAME, JobQueue, connect
+from service.storage import JobStorage
+from worker import tasks
+from worker.engine_process import EngineProcess
+from worker.settings import WorkerSettings
+
+logger = logging.getLogger(__name__)
+
+
+def run(settings: WorkerSettings) -> int:
+    """Work until told to stop.
+
+    Returns:
+        The exit code: 0 after SIGTERM or SIGINT, 1 where Redis or the engine was lost and a restart may help.
+    Raises:
+        Misconfigured: No weights, no such device, no Redis configured, an unusable data directory.
+        QueueUnavailable: Redis cannot be reached.
+    """
+    url = settings.require_redis_url()
+    storage = JobStorage(settings.data_dir)
+    try:
+        storage.prepare()
+    except OSError as error:
+        raise Misconfigured(
+            f"The data directory {settings.data_dir} cannot be used: {error.strerror}."
+        ) from error
+    queue = JobQueue(
+        connect(url, timeout_seconds=settings.redis_timeout_seconds),
+        job_timeout_seconds=settings.job_timeout_seconds,
+        max_attempts=settings.max_attempts,
+    )
+    queue.ping()
+    engine = EngineProcess(settings)
+    try:
+        engine.ensure_running()
+        worker = GpuWorker(
+            Redis.from_url(url), settings=settings, storage=storage, queue=queue, engine=engine
+        )
+        worker.work(logging_level="WARNING")  # at INFO, RQ tells of its maintenance every few seconds
+    finally:
+        engine.stop()
+    return 0 if worker.told_to_stop else 1
+
+
+class GpuWorker(Worker):
+    """RQ's worker, with a warm engine."""
+
+    def __init__(
+        self,
+        connection: Redis,
+        *,
+        settings: WorkerSettings,
+        storage: JobStorage,
+        queue: JobQueue,
+        engine: EngineProcess,
+    ) -> None:
+        super().__init__(
+            [QUEUE_NAME],
+            name=f"{socket.gethostname()}-{uuid4().hex[:12]}",  # a dead worker's name stays taken for a while
+            connection=connection,
+            serializer=JSONSerializer,
+            worker_ttl=20,  # RQ waits 15 s less than this for a job before it looks around
+            maintenance_interval=max(1, settings.lease_seconds // 3),
+            job_monitoring_interval=max(1, settings.lease_seconds // 3),
+            log_job_description=False,
+        )
+        self._settings = settings
+        self._storage = storage
+        self._job_queue = queue
+        self._engine = engine
+        self.log_result_lifespan = False
+
+    @property
+    def told_to_stop(self) -> bool:
+        return self._shutdown_requested_date is not None
+
+    # -- a live engine before each job -------------------------------------------------------------------
+
+    def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
+        self._engine.ensure_running()  # after a job that killed it, before waiting for the next one
+        return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+
+    def execute_job(self, job: RqJob, queue: Queue) -> None:
+        self._engine.ensure_running()
+        tasks.workplace = tasks.Workplace(
+            settings=self._settings,
+            storage=self._storage,
+            queue=self._job_queue,
+            engine_socket=self._engine.socket,
+            engine_pid=self._engine.pid,
+            model=self._engine.ready.model,
+        )
+        super().execute_job(job, queue)
+
+    # -- leases ------------------------------------------------------------------------------------------
+
+    def get_heartbeat_ttl(self, job: RqJob, working_time: float = 0.0) -> int:
+        return self._settings.lease_seconds
+
+    def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
+        super().heartbeat(timeout, pipeline)
+        with suppress(QueueUnavailable):
+            self._job_queue.announce(self._info(), lease_seconds=self._settings.lease_seconds)
+
+    def maintain_heartbeats(self, job: RqJob, execution: Execution) -> None:
+        try:
+            super().maintain_heartbeats(job, execution)
+        except (
+            RedisError
+        ) as error:  # RQ would end the worker, and with it a job that needs no Redis to finish
+            logger.warning("No heartbeat: Redis does not answer (%s)", type(error).__name__)
+
+    # -- stopping ----------------------------------------------------------------------------------------
+
+    def handle_warm_shutdown_request(self) -> None:
+        if self.horse_pid:
+            with suppress(ProcessLookupError):
+                os.kill(self.horse_pid, signal.SIGTERM)
+
+    def setup_work_horse_signals(self) -> None:
+        super().setup_work_horse_signals()
+        die_with_parent(self.pid)  # without its worker nobody would renew its lease
+        signal.signal(signal.SIGTERM, _give_the_job_back)
+
+    def teardown(self) -> None:
+        self._engine.stop()
+        with suppress(QueueUnavailable):
+            self._job_queue.renounce(self.name)
+        super().teardown()
+
+    # -- jobs that RQ gives up ---------------------------------------------------------------------------
+
+    def handle_job_failure(self, job: RqJob, queue: Queue, *args: Any, **kwargs: Any) -> None:
+        """Where no attempt is left, the job gets its outcome; the task itself may have left a better one."""
+        given_up = not job.should_retry
+        super().handle_job_failure(job, queue, *args, **kwargs)
+        if given_up:
+            error = ImcnetError("The worker died or failed at every attempt.", code="worker_crashed")
+            outcome = Outcome(status=JobStatus.FAILED, finished_at=utc_now(), error=Problem.of(error))
+            self._storage.conclude(job.id, outcome, keep_source=self._settings.keep_originals)
+            with suppress(QueueUnavailable):
+                self._job_queue.forget(job.id)
+
+    def _info(self) -> WorkerInfo:
+        ready = self._engine.ready
+        return WorkerInfo(
+            name=self.name,
+            host=socket.gethostname(),
+            device=ready.device,
+            engine_pid=self._engine.pid,
+            load_s=round(ready.load_s, 3),
+            model=ready.model,
+        )
+
+
+def _give_the_job_back(signum: int, frame: FrameType | None) -> None:
+    tasks.preempted.set()

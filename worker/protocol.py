@@ -1,0 +1,80 @@
+"""What worker, horse and engine say to each other over the engine's private socket. No torch in here.
+
+One connection is one stream. The horse sends a :class:`StreamRequest` as JSON, then one message per frame
+(its raw bytes), then an empty message. The engine answers with messages of a one-byte kind and a body: a mask
+per frame, in order, and at the end :class:`StreamDone`; or a failure, after which it ends.
+"""
+
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict
+
+from service.jobs import ModelInfo
+
+MASK, DONE, FAILURE = b"m", b"d", b"f"
+
+Frame = NDArray[np.uint8]
+Mask = NDArray[np.bool_]
+
+
+class _Message(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class EngineConfig(_Message):
+    """How an engine is to be started."""
+
+    socket: Path
+    parent_pid: int
+    weights: Path
+    weights_sha256: str | None
+    device: str
+    input_size: int
+    cpu_threads: int
+
+
+class EngineReady(_Message):
+    """An engine has loaded its model and listens. ``device`` is what ``auto`` turned out to be."""
+
+    device: str
+    load_s: float
+    model: ModelInfo
+
+
+class EngineRefused(_Message):
+    """An engine cannot start as configured; ``reason`` is one line for the operator."""
+
+    reason: str
+
+
+class StreamRequest(_Message):
+    """Frames of ``height`` × ``width`` pixels come, masks of ``mask_height`` × ``mask_width`` are wanted."""
+
+    height: int
+    width: int
+    mask_height: int
+    mask_width: int
+    threshold: float
+
+    def parse_frame(self, message: bytes) -> Frame:
+        """``(height, width, 3)`` uint8. Raises: ValueError: The message has another size."""
+        return np.frombuffer(message, np.uint8).reshape(self.height, self.width, 3)
+
+    def parse_mask(self, body: bytes) -> Mask:
+        """``(mask_height, mask_width)`` bool."""
+        count = self.mask_height * self.mask_width
+        bits = np.unpackbits(np.frombuffer(body, np.uint8), count=count)
+        return bits.reshape(self.mask_height, self.mask_width).view(np.bool_)
+
+
+class StreamDone(_Message):
+    """All masks are sent. ``inference_s`` counts the work alone, without waiting for frames or the reader."""
+
+    inference_s: float
+
+
+def pack_mask(mask: Mask) -> bytes:
+    """The message of a mask: eight pixels a byte, rows run on."""
+    return MASK + np.packbits(mask).tobytes()

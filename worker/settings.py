@@ -1,0 +1,28 @@
+"""The worker's own settings; see ``service.settings`` for those it shares with the API."""
+
+from pathlib import Path
+
+from pydantic import Field, NonNegativeInt, PositiveFloat
+
+from service.settings import SharedSettings
+
+
+class WorkerSettings(SharedSettings):
+    weights: Path | None = Field(default=None, description="Weights file of the network.")
+    weights_sha256: str | None = Field(
+        default=None, pattern=r"^[0-9a-f]{64}$", description="Refuse a weights file with another hash."
+    )
+    device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; only `auto` chooses.")
+    input_size: int = Field(
+        default=480, gt=0, multiple_of=32, description="Side of the square that frames are resized to."
+    )
+    cpu_threads: NonNegativeInt = Field(
+        default=0, description="Threads of the network on a CPU; 0: all cores."
+    )
+    engine_start_seconds: PositiveFloat = Field(
+        default=180, description="Time limit for loading the model onto the device."
+    )
+    engine_stall_seconds: PositiveFloat = Field(
+        default=120,
+        description="An engine that neither takes a frame nor returns a mask for this long is killed.",
+    )
