@@ -5,8 +5,8 @@
     uploads/<name>.part        a body that is being received
     jobs/<id>/job.json         the accepted job, synced before the 202
              /source           the uploaded video
-             /attempt-<…>/     one attempt's; its artifacts count once an outcome names it
-             /outcome.json     how the job ended: created exclusively, so exactly one attempt or cancel decides
+             /attempt-<…>/     an attempt's; its artifacts count once an outcome names it
+             /outcome.json     how the job ended: created exclusively, so one attempt or cancel decides
     tombstones/<id>            the job is gone (answers 410 until it is swept, then 404)
     trash/                     what is being deleted
 

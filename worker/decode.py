@@ -1,7 +1,7 @@
 """Video file → RGB frames, one by one, as they are displayed. Memory does not grow with the video's length.
 
-Frames are counted as they are decoded; what the container says of the duration is used for one thing only: to
-notice that a file was cut.
+Frames are counted as they are decoded; what the container says of their number and of the duration only serves
+to notice that some are missing.
 """
 
 from collections.abc import Iterator
@@ -105,7 +105,8 @@ class VideoReader:
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
-                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``resource_limit``.
+                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``undecodable_stream``,
+                ``resource_limit``.
         """
         for frame in self._decoded:
             if self.frames == self._limits.max_frames:
@@ -171,10 +172,15 @@ class VideoReader:
         sideways = rotation in (90, 270)
         if frame.colorspace not in _CONVERTIBLE_COLORSPACES:
             frame.colorspace = _UNSPECIFIED_COLORSPACE  # slightly wrong colours, where swscale would refuse
-        rgb = self._reformatter.reformat(
-            frame,
-            width=self.height if sideways else self.width,
-            height=self.width if sideways else self.height,
-            format="rgb24",
-        )
+        try:
+            rgb = self._reformatter.reformat(
+                frame,
+                width=self.height if sideways else self.width,
+                height=self.width if sideways else self.height,
+                format="rgb24",
+            )
+        except av.FFmpegError as error:
+            raise UnusableVideo(
+                "The video's colour format cannot be converted to RGB.", code="undecodable_stream"
+            ) from error
         return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), k=-rotation // 90), dtype=np.uint8)

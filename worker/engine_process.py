@@ -179,7 +179,7 @@ class EngineStream:
                 if frame is None:
                     break
                 self._pending.append(frame)
-                connection.send_bytes(memoryview(frame.image).cast("B"))
+                connection.send_bytes(frame.image.data.cast("B"))
                 self._last_activity = time.monotonic()
             connection.send_bytes(b"")
         except ConnectionError:

@@ -67,11 +67,13 @@ class PacketDecoder:
 
     def _decode(self, packet: "av.Packet[av.VideoStream]") -> list[av.VideoFrame]:
         """The frames that a packet completes, or those left at the end, which an empty packet stands for."""
-        self._key_seen = self._key_seen or packet.is_keyframe
-        self.packets += bool(packet.size)
         start = packet.dts if packet.pts is None else packet.pts
         if start is not None:
+            if not packet.size:  # AVI's "as before"; the decoder would take it for the end
+                return []
             self._reached_pts = max(self._reached_pts, start + (packet.duration or 0))
+        self._key_seen = self._key_seen or packet.is_keyframe
+        self.packets += bool(packet.size)
         try:
             frames = packet.decode()
         except MemoryError:

@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from model.errors import ModelError
-from service.cli import demo, segment, serve, up, weights
+from service.cli import check, demo, segment, serve, up, weights
 from service.errors import EngineFailed, ImcnetError, QueueUnavailable
 
 app = typer.Typer(
@@ -24,6 +24,7 @@ app = typer.Typer(
 app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(serve.worker)
+app.command("check")(check.check)
 app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
 app.add_typer(weights.app, name="weights")

@@ -1,4 +1,4 @@
-"""`imcnet check`: is the part of the service that ought to run on this machine well? For container health checks."""
+"""`imcnet check`: is the API, or a worker, of this machine well? For the health checks of containers."""
 
 import json
 import socket

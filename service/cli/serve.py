@@ -61,8 +61,8 @@ def worker(
     if device is not None and devices is not None:
         raise Misconfigured("Give --device for one worker or --devices for several, not both.")
     settings = read_settings(WorkerSettings, device=device, weights=weights)
+    configure_logging(settings.log_level)
     if devices is not None:
-        configure_logging(settings.log_level)
         names = _all_gpus() if devices == "all" else devices.split(",")
         raise typer.Exit(Supervisor([[_worker_child(name, weights) for name in names]]).run())
     from worker import gpu_worker

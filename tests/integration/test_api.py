@@ -244,9 +244,7 @@ def test_a_deleted_job_is_gone_with_its_files(stack: Stack, client: httpx.Client
     assert [path.name for path in stack.data_dir.rglob("*") if path.is_file()] == [job_id]
 
 
-def test_a_job_that_has_succeeded_cannot_be_canceled(
-    stack: Stack, client: httpx.Client, video: Path
-) -> None:
+def test_a_job_that_has_succeeded_cannot_be_canceled(stack: Stack, client: httpx.Client, video: Path) -> None:
     job_id = post(client, video).json()["id"]
     succeed(stack, job_id)
     answer = client.post(f"/jobs/{job_id}/cancel")

@@ -1,4 +1,4 @@
-"""What ``/openapi.json`` says is what the server does: schemathesis makes up requests and checks the answers."""
+"""What ``/openapi.json`` says is what the server does: schemathesis asks and checks the answers."""
 
 import subprocess
 import sys

@@ -142,7 +142,9 @@ def test_a_stopped_worker_leaves_no_process(working: Stack, video: Path) -> None
     assert not alive
 
 
-def test_a_job_over_its_time_limit_fails_and_the_next_one_runs(stack: Stack, video: Path, tmp_path: Path) -> None:
+def test_a_job_over_its_time_limit_fails_and_the_next_one_runs(
+    stack: Stack, video: Path, tmp_path: Path
+) -> None:
     stack.start_api(job_timeout_seconds=2)
     stack.start_worker(job_timeout_seconds=2)
     slow = write_video(tmp_path / "slow.mp4", frames=3000)
