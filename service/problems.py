@@ -10,6 +10,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import Match
 
 from service.errors import PROBLEMS, ImcnetError, InvalidRequest
 from service.jobs import Problem
@@ -58,6 +59,12 @@ def documented(*codes: str) -> Responses:
     }
 
 
+def _allowed_methods(request: Request) -> str:
+    """What ``Allow`` has to say of the path asked for (RFC 9110, section 10.2.1)."""
+    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
+
+
 def install(app: FastAPI) -> None:
     """Let ``app`` answer every error as a problem."""
 
@@ -75,7 +82,9 @@ def install(app: FastAPI) -> None:
     @app.exception_handler(HTTPException)
     async def routing(request: Request, error: HTTPException) -> Response:
         code = _CODE_OF_STATUS.get(HTTPStatus(error.status_code), "bad_request")
-        return problem_response(InvalidRequest(str(error.detail), code=code), headers=error.headers)
+        # Starlette's own Allow holds the methods of one route; ours have a route per method.
+        headers = {"Allow": _allowed_methods(request)} if code == "method_not_allowed" else error.headers
+        return problem_response(InvalidRequest(str(error.detail), code=code), headers=headers)
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:

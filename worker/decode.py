@@ -1,7 +1,7 @@
 """Video file → RGB frames, one by one, as they are displayed. Memory does not grow with the video's length.
 
-Frames are counted as they are decoded; what the container says of their number and of the duration only serves
-to notice that some are missing.
+Frames are counted as they are decoded; what the container says of their number and of the duration serves
+only to notice that some are missing.
 """
 
 from collections.abc import Iterator
@@ -35,7 +35,7 @@ _HDR_TRANSFERS = (ColorTrc.SMPTE2084, ColorTrc.ARIB_STD_B67)
 # BT.2020 with non-constant luminance.
 _CONVERTIBLE_COLORSPACES = (0, 1, 2, 4, 5, 6, 7, 9)
 _UNSPECIFIED_COLORSPACE = 2
-_MISSING_FRACTION = 0.05  # of the frames announced; with varying frame rates that is an estimate
+_MISSING_FRACTION = 0.05
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,7 +145,8 @@ class VideoReader:
     def _check_count(self) -> None:
         claimed = self._decoder.claimed_frames()
         if claimed is not None and self.frames < claimed * (1 - _MISSING_FRACTION):
-            # Matroska skips to the next intact cluster without a word.
+            # FFmpeg skips to Matroska's next intact cluster without a word. A frame rate that varies is told
+            # as well: nothing tells the one from the other.
             self._warn(
                 "missing_frames",
                 f"The container announces about {claimed} frames; {self.frames} could be decoded.",

@@ -37,6 +37,7 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 _TICK_SECONDS = 0.25
+_DEATH_SECONDS = 10.0  # a process that holds gigabytes does not vanish at once
 _GREETING: TypeAdapter[EngineReady | EngineRefused] = TypeAdapter(EngineReady | EngineRefused)
 
 
@@ -155,7 +156,8 @@ class EngineStream:
         """Send all ``frames`` through the engine and yield them with their masks, in order.
 
         Raises:
-            EngineFailed: The engine died, hung or reported an error.
+            EngineFailed: The engine died, hung or reported an error. It is dead now; the worker sees that and
+                starts another one before the next attempt.
             BaseException: Whatever ``frames`` or ``tick`` raise, as it is.
         """
         self._last_activity = time.monotonic()
@@ -164,6 +166,9 @@ class EngineStream:
             sender.start()
             try:
                 yield from self._receive(connection, request)
+            except EngineFailed:
+                _end_process(self._engine_pid)
+                raise
             finally:
                 _hang_up(connection)
                 sender.join()
@@ -214,8 +219,6 @@ class EngineStream:
             if connection.poll(_TICK_SECONDS):
                 return
             if time.monotonic() - self._last_activity > self._stall_seconds:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(self._engine_pid, signal.SIGKILL)  # the worker notices and starts another one
                 raise EngineFailed(f"The segmentation engine did nothing for {self._stall_seconds:.0f} s.")
 
 
@@ -227,6 +230,17 @@ def _connected(path: Path) -> Iterator[Connection]:
         raise EngineFailed("The segmentation engine cannot be reached.") from error
     with connection:
         yield connection
+
+
+def _end_process(pid: int) -> None:
+    """Kill a process, whoever's child it is, and wait until it is dead (``pidfd_open(2)``)."""
+    with contextlib.suppress(ProcessLookupError):
+        descriptor = os.pidfd_open(pid)
+        try:
+            signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            select.select([descriptor], [], [], _DEATH_SECONDS)
+        finally:
+            os.close(descriptor)
 
 
 def _hang_up(connection: Connection) -> None:

@@ -57,6 +57,9 @@ class PacketDecoder:
     def declared_seconds(self) -> float | None:
         """The duration that the container claims for the video, which for MPEG-TS is what the file holds."""
         container, stream = self._video
+        if container.format.name == "avi" and stream.average_rate:
+            # FFmpeg shortens the duration by what is missing of an AVI file; the header still tells.
+            return float(stream.frames / stream.average_rate)
         declared = stream_duration_seconds(stream)
         if declared is None and container.duration is not None and len(container.streams) == 1:
             return container.duration / av.time_base
@@ -69,8 +72,6 @@ class PacketDecoder:
         """The frames that a packet completes, or those left at the end, which an empty packet stands for."""
         start = packet.dts if packet.pts is None else packet.pts
         if start is not None:
-            if not packet.size:  # AVI's "as before"; the decoder would take it for the end
-                return []
             self._reached_pts = max(self._reached_pts, start + (packet.duration or 0))
         self._key_seen = self._key_seen or packet.is_keyframe
         self.packets += bool(packet.size)

@@ -6,7 +6,7 @@ stay free of torch, and `imcnet --help` must not wait seconds for it.
 
 import sys
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -28,6 +28,14 @@ app.command("check")(check.check)
 app.command("segment")(segment.segment)
 app.command("demo")(demo.demo)
 app.add_typer(weights.app, name="weights")
+
+_EXTRAS = {
+    "torch": "worker",
+    "torchvision": "worker",
+    "safetensors": "worker",
+    "tqdm": "worker",
+    "httpx": "local",
+}
 
 
 def _print_version(wanted: bool) -> None:
@@ -53,5 +61,13 @@ def main() -> None:
     try:
         app()
     except (ImcnetError, ModelError) as error:
-        typer.echo(f"imcnet: error: {error}", err=True)
-        sys.exit(1 if isinstance(error, QueueUnavailable | EngineFailed) else 2)
+        _fail(str(error), code=1 if isinstance(error, QueueUnavailable | EngineFailed) else 2)
+    except ModuleNotFoundError as error:
+        if error.name not in _EXTRAS:
+            raise
+        _fail(f"{error.name} is not installed: pip install 'imcnet[{_EXTRAS[error.name]}]'", code=2)
+
+
+def _fail(message: str, *, code: int) -> NoReturn:
+    typer.echo(f"imcnet: error: {message}", err=True)
+    sys.exit(code)

@@ -127,9 +127,9 @@ def _run_job(service: str, video: Path, out: Path) -> dict[str, Any]:
         with httpx.Client(timeout=60, trust_env=False) as client:
             job = _wait_for(client, service, _post(client, service, video))
             for artifact in job["artifacts"]:
-                _download(client, urljoin(service, artifact["url"]), out / artifact["name"])
+                _download(client, urljoin(service, artifact["url"]), out / Path(artifact["name"]).name)
             return job
-    except httpx.TransportError as error:
+    except (httpx.TransportError, httpx.InvalidURL) as error:
         raise Misconfigured(f"The service at {service} does not answer.") from error
 
 
@@ -160,13 +160,17 @@ def _wait_for(client: "httpx.Client", service: str, job: dict[str, Any]) -> dict
 
 def _download(client: "httpx.Client", url: str, path: Path) -> None:
     with client.stream("GET", url) as answer, path.open("wb") as file:
-        answer.raise_for_status()
+        if answer.is_error:
+            raise ImcnetError(f"The service answered {answer.status_code} for {path.name}.")
         for chunk in answer.iter_bytes():
             file.write(chunk)
 
 
 def _checked(answer: "httpx.Response") -> dict[str, Any]:
-    body: dict[str, Any] = answer.json()
+    try:
+        body: dict[str, Any] = answer.json()
+    except ValueError as error:
+        raise Misconfigured(f"What answers at {answer.url} is not this service.") from error
     if answer.is_error:
-        raise ImcnetError(f"The service answered {answer.status_code}: {body['detail']}")
+        raise ImcnetError(body.get("detail", f"The service answered {answer.status_code}."))
     return body

@@ -6,6 +6,7 @@ import os
 import socket
 import urllib.request
 from collections.abc import Sequence
+from http.client import HTTPException
 from typing import Any
 from urllib.error import URLError
 
@@ -81,11 +82,13 @@ class Api:
         return bool((self._get("/version") or {}).get("workers"))
 
     def announce(self) -> None:
+        workers = (self._get("/version") or {}).get("workers") or []
         typer.echo(
             f"\nIMCNet is ready on {self.url}\n\n"
-            f"  docs  {self.url}/docs\n"
-            f"  try   curl -F video=@clip.mp4 {self.url}/jobs\n"
-            f"  stop  Ctrl-C\n"
+            + "".join(f"  worker  {_describe(worker)}\n" for worker in workers)
+            + f"  docs    {self.url}/docs\n"
+            f"  try     curl -F video=@clip.mp4 {self.url}/jobs\n"
+            f"  stop    Ctrl-C\n"
         )
 
     def _get(self, path: str) -> dict[str, Any] | None:
@@ -93,5 +96,11 @@ class Api:
             with self._opener.open(self.url + path, timeout=_HTTP_TIMEOUT_SECONDS) as response:
                 body: dict[str, Any] = json.load(response)
                 return body
-        except (URLError, TimeoutError, ConnectionError):
+        except (URLError, TimeoutError, ConnectionError, HTTPException, ValueError):  # not up, or going down
             return None
+
+
+def _describe(worker: dict[str, Any]) -> str:
+    model = worker["model"]
+    note = "" if model["trained"] else ": random weights, masks mean nothing"
+    return f"{model['name']} on {worker['device']}{note}"

@@ -13,7 +13,7 @@ from redis import Redis
 from service.jobs import Artifact, JobStatus, Outcome, utc_now
 from service.storage import JobStorage, new_job_id
 from tests.integration.conftest import Stack
-from tests.videos import write_video
+from tests.videos import moving_square, write_video
 
 pytestmark = pytest.mark.processes
 
@@ -30,7 +30,7 @@ def client(stack: Stack) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", frames=5, height=48, width=64, fps=25)
+    return write_video(tmp_path_factory.mktemp("video") / "clip.mp4", moving_square(5, height=48, width=64))
 
 
 def post(client: httpx.Client, video: Path, **fields: object) -> httpx.Response:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from service.jobs import JobStatus
 from tests.integration.conftest import Stack, eventually
-from tests.videos import write_video
+from tests.videos import moving_square, write_video
 
 pytestmark = pytest.mark.processes
 
@@ -43,7 +43,7 @@ def mask_sizes(archive: bytes) -> list[tuple[int, int]]:
 
 
 def test_a_posted_video_comes_back_as_masks_and_overlay(stack: Stack, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "clip.mp4", frames=12, height=48, width=86)
+    video = write_video(tmp_path / "clip.mp4", moving_square(12, height=48, width=86))
     stack.start_api()
     stack.start_worker()
     posted = stack.post(video, artifacts=["masks", "overlay"], threshold=0.4)
@@ -62,7 +62,7 @@ def test_a_posted_video_comes_back_as_masks_and_overlay(stack: Stack, tmp_path: 
 
 
 def test_equal_videos_give_equal_archives_and_the_model_is_loaded_once(stack: Stack, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "clip.mp4", frames=7)
+    video = write_video(tmp_path / "clip.mp4", moving_square(7))
     stack.start_api()
     stack.start_worker()
     engine_before = stack.workers()[0]["engine_pid"]
@@ -72,7 +72,7 @@ def test_equal_videos_give_equal_archives_and_the_model_is_loaded_once(stack: St
 
 
 def test_masks_can_be_smaller_than_the_video(stack: Stack, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "clip.mp4", frames=3, height=96, width=128)
+    video = write_video(tmp_path / "clip.mp4", moving_square(3, height=96, width=128))
     stack.start_api()
     stack.start_worker()
     job = stack.ended(stack.post(video, max_side=64)["id"])
@@ -80,7 +80,7 @@ def test_masks_can_be_smaller_than_the_video(stack: Stack, tmp_path: Path) -> No
 
 
 def test_a_job_whose_masks_are_all_empty_succeeds_and_says_so(stack: Stack, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "clip.mp4", frames=3)
+    video = write_video(tmp_path / "clip.mp4", moving_square(3))
     stack.start_api()
     stack.start_worker()
     job = stack.ended(stack.post(video, threshold=0.999999)["id"])
@@ -89,7 +89,9 @@ def test_a_job_whose_masks_are_all_empty_succeeds_and_says_so(stack: Stack, tmp_
 
 
 def test_a_video_that_is_cut_in_half_fails_and_says_why(stack: Stack, tmp_path: Path) -> None:
-    whole = write_video(tmp_path / "clip.mp4", frames=100, faststart=True)
+    whole = write_video(
+        tmp_path / "clip.mp4", moving_square(100), container_options={"movflags": "faststart"}
+    )
     half = tmp_path / "half.mp4"
     half.write_bytes(whole.read_bytes()[: whole.stat().st_size * 6 // 10])
     stack.start_api()
@@ -103,7 +105,7 @@ def test_a_video_that_is_cut_in_half_fails_and_says_why(stack: Stack, tmp_path: 
 
 
 def test_finished_jobs_expire_with_all_their_files(stack: Stack, tmp_path: Path) -> None:
-    video = write_video(tmp_path / "clip.mp4", frames=3)
+    video = write_video(tmp_path / "clip.mp4", moving_square(3))
     stack.start_api(retention_seconds=2, sweep_interval_seconds=0.2)
     stack.start_worker()
     job_id = stack.post(video)["id"]
@@ -147,8 +149,8 @@ def test_real_clips_of_many_kinds_get_a_mask_for_every_decoded_frame(stack: Stac
 
 
 def test_the_workers_memory_does_not_grow_with_the_length_of_the_video(stack: Stack, tmp_path: Path) -> None:
-    short = write_video(tmp_path / "short.mp4", frames=90)
-    long = write_video(tmp_path / "long.mp4", frames=900)
+    short = write_video(tmp_path / "short.mp4", moving_square(90))
+    long = write_video(tmp_path / "long.mp4", moving_square(900))
     stack.start_api()
     stack.start_worker()
     engine = psutil.Process(stack.workers()[0]["engine_pid"])

@@ -10,15 +10,15 @@ import psutil
 import pytest
 
 from tests.integration.conftest import Stack, eventually
-from tests.videos import write_video
+from tests.videos import moving_square, write_video
 
 pytestmark = pytest.mark.processes
 
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    """Long enough to be caught in the middle: some seconds at 64 × 64 on one core."""
-    return write_video(tmp_path / "clip.mp4", frames=400)
+    """Long enough to be caught in the middle: it takes some seconds."""
+    return write_video(tmp_path / "clip.mp4", moving_square(150))
 
 
 @pytest.fixture
@@ -147,10 +147,10 @@ def test_a_job_over_its_time_limit_fails_and_the_next_one_runs(
 ) -> None:
     stack.start_api(job_timeout_seconds=2)
     stack.start_worker(job_timeout_seconds=2)
-    slow = write_video(tmp_path / "slow.mp4", frames=3000)
+    slow = write_video(tmp_path / "slow.mp4", moving_square(600))
     job = stack.ended(stack.post(slow)["id"], within_seconds=30)
     assert (job["status"], job["error"]["code"]) == ("failed", "job_timeout")
-    quick = write_video(tmp_path / "quick.mp4", frames=3)
+    quick = write_video(tmp_path / "quick.mp4", moving_square(3))
     assert stack.ended(stack.post(quick)["id"])["status"] == "succeeded"
 
 

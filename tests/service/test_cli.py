@@ -48,6 +48,13 @@ def test_it_tells_its_version() -> None:
     assert imcnet("--version").stdout.startswith("imcnet ")
 
 
+def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(tmp_path: Path) -> None:
+    program = "import sys; sys.modules['torch'] = None; from service.cli import main; main()"
+    command = [sys.executable, "-c", program, "weights", "init", str(tmp_path / "new.safetensors")]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    assert error_of(result) == "imcnet: error: torch is not installed: pip install 'imcnet[worker]'"
+
+
 # -- up, serve, worker -----------------------------------------------------------------------------------
 
 
@@ -264,3 +271,16 @@ def test_a_file_that_is_no_weights_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("text")
     error_of(imcnet("weights", "show", tmp_path / "text"))
     error_of(imcnet("weights", "import", tmp_path / "text", tmp_path / "new"))
+
+
+# -- demo ------------------------------------------------------------------------------------------------
+
+
+def test_the_demo_needs_its_video(tmp_path: Path) -> None:
+    assert "missing.mp4" in error_of(imcnet("demo", tmp_path / "missing.mp4", "--out", tmp_path / "demo"))
+
+
+def test_the_demo_says_that_a_service_does_not_answer(tmp_path: Path) -> None:
+    (tmp_path / "video.mp4").touch()
+    result = imcnet("demo", tmp_path / "video.mp4", "--out", tmp_path / "demo", "--url", "http://127.0.0.1:1")
+    assert "http://127.0.0.1:1 does not answer" in error_of(result)
