@@ -1,7 +1,7 @@
 """Speed and memory of the segmenter per backbone, on this machine: ``python benchmarks/backbones.py``.
 
-Each backbone runs in a process of its own, with random weights (they cost what trained ones cost), on noise of
-854×480 pixels. The ratio is to the first backbone of the run.
+Each backbone runs in a process of its own, with random weights (they cost what trained ones cost), on noise
+of 854×480 pixels. The ratio is to the first backbone of the run.
 """
 
 import argparse

@@ -1,9 +1,9 @@
 """The API under parallel uploads: ``python benchmarks/uploads.py --clients 8 --megabytes 256``.
 
-Starts a Redis and an API of its own, sends bodies from as many clients at once, and asks for a job's status all the
-while. Prints the peak of the API's memory (its RSS, and that of its probes apart), the throughput, and the
-latency of the status requests beside that of the idle API, as a ratio. The bodies are an MP4 with padding, so that
-they pass the probe.
+Starts a Redis and an API of its own, sends bodies from as many clients at once, and asks for a job's status
+all the while. Prints the peak of the API's memory (its RSS, and that of its probes apart), the throughput,
+and the latency of the status requests beside that of the idle API, as a ratio. The bodies are an MP4 with
+padding, so that they pass the probe.
 """
 
 import argparse

@@ -7,11 +7,12 @@ from contextlib import asynccontextmanager, suppress
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 
 from service import problems, routes
 from service.errors import Misconfigured
 from service.queue import JobQueue, connect
-from service.routes import Services
+from service.services import Services
 from service.settings import ServiceSettings
 from service.storage import JobStorage
 from service.sweeper import sweep
@@ -35,7 +36,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         with suppress(asyncio.CancelledError):
             await sweeper
 
-    app = FastAPI(
+    # As FastAPI, but /docs comes from here instead of a CDN that a GPU host may not reach.
+    app = FastAPIOffline(
         title="IMCNet",
         summary="Cuts the primary moving object out of any video.",
         description="Post a video to `/jobs`, poll the job, download its masks.",
@@ -47,6 +49,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.services = services
     problems.install(app)
     app.include_router(routes.router)
+    problems.correct_schema(app)
     return app
 
 

@@ -63,37 +63,35 @@ async def probe_video(
         *(json.dumps(asdict(limits)), str(memory_bytes)),
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
-        limit=_MAX_REPLY_BYTES,
         # None of our own environment: it may hold passwords, and the child reads hostile files.
         env={"PYTHONPATH": str(Path(__file__).resolve().parent.parent), "LC_ALL": "C.UTF-8"},
     )
     try:
         async with asyncio.timeout(timeout_seconds):
-            line = await _first_line(process)
-            await process.wait()
+            reply = await _output_of(process)
     except TimeoutError as error:
         raise UnusableVideo("Reading the file takes too long.", code="resource_limit") from error
     finally:
         if process.returncode is None:
             process.kill()
-            await process.wait()
-    if not line:
-        logger.warning("The probe of an upload ended with status %s and said nothing", process.returncode)
+            await process.communicate()  # wait() alone does not return while a pipe is full
+    if not reply.endswith(b"\n"):
+        logger.warning("The probe of an upload ended with status %s and gave no reply", process.returncode)
         raise UnusableVideo("Reading the file takes more than it is allowed.", code="resource_limit")
-    reply = _Reply.model_validate_json(line)
-    if reply.video is None:
-        raise UnusableVideo(reply.detail, code=reply.code)
-    return reply.video
+    said = _Reply.model_validate_json(reply)
+    if said.video is None:
+        raise UnusableVideo(said.detail, code=said.code)
+    return said.video
 
 
-async def _first_line(process: asyncio.subprocess.Process) -> bytes:
-    """Returns: The child's reply, empty if it gave none."""
+async def _output_of(process: asyncio.subprocess.Process) -> bytes:
+    """Wait for the child's end. Returns: What it wrote, of which no more is kept than a reply can have."""
     assert process.stdout is not None
-    try:
-        line = await process.stdout.readline()
-    except ValueError:  # longer than any reply
-        return b""
-    return line if line.endswith(b"\n") else b""
+    output = b""
+    while chunk := await process.stdout.read(_MAX_REPLY_BYTES):
+        output = (output + chunk)[:_MAX_REPLY_BYTES]
+    await process.wait()
+    return output
 
 
 # -- the child -------------------------------------------------------------------------------------------

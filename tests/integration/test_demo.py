@@ -26,7 +26,7 @@ def demo(out: Path, *arguments: object) -> "subprocess.CompletedProcess[str]":
             "cpu",
             *map(str, arguments),
         ],
-        env={**os.environ, "IMCNET_INPUT_SIZE": "64"},
+        env={**os.environ, "IMCNET_INPUT_SIZE": "64", "IMCNET_CPU_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,

@@ -13,8 +13,8 @@ import httpx
 import psutil
 import pytest
 
-from service.cli.showcase import write_scene
 from service.cli.up import free_port
+from tests.videos import moving_square, write_video
 from tests.waiting import wait_until, wait_until_gone
 
 pytestmark = pytest.mark.processes
@@ -80,6 +80,7 @@ def running(folder: Path, weights: Path, *, input_size: int = 64) -> Iterator[Up
         "IMCNET_DATA_DIR": str(folder / "data"),
         "IMCNET_DISK_RESERVE_BYTES": "0",
         "IMCNET_INPUT_SIZE": str(input_size),
+        "IMCNET_CPU_THREADS": "1",
     }
     command = [sys.executable, "-m", "service.cli", "up", "--port", str(port), "--device", "cpu"]
     with log.open("wb") as out:
@@ -97,18 +98,16 @@ def running(folder: Path, weights: Path, *, input_size: int = 64) -> Iterator[Up
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("scene")
-    write_scene(folder / "scene.mp4", folder / "truth")
-    return folder / "scene.mp4"
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_video(tmp_path_factory.mktemp("video") / "video.mp4", moving_square(24))
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
 def test_nothing_is_left_of_it_in_the_middle_of_a_job(
-    tmp_path: Path, untrained_weights: Path, scene: Path, number: signal.Signals
+    tmp_path: Path, untrained_weights: Path, video: Path, number: signal.Signals
 ) -> None:
     with running(tmp_path, untrained_weights, input_size=480) as up:
-        job_id = up.post(scene)
+        job_id = up.post(video)
         wait_until(lambda: up.job(job_id)["progress"]["frames_done"] > 0)
         assert up.job(job_id)["status"] == "running"
         before = up.descendants()
@@ -117,7 +116,7 @@ def test_nothing_is_left_of_it_in_the_middle_of_a_job(
         wait_until_gone(before)
 
 
-def test_what_dies_is_started_again(tmp_path: Path, untrained_weights: Path, scene: Path) -> None:
+def test_what_dies_is_started_again(tmp_path: Path, untrained_weights: Path, video: Path) -> None:
     with running(tmp_path, untrained_weights) as up:
         redis = up.child("unixsocket")
         redis.kill()
@@ -132,16 +131,18 @@ def test_what_dies_is_started_again(tmp_path: Path, untrained_weights: Path, sce
         up.child("worker").kill()
         wait_until(lambda: any(name not in before for name in up.workers()))
 
-        job_id = up.post(scene)
+        job_id = up.post(video)
         wait_until(lambda: up.job(job_id)["status"] == "succeeded")
 
 
 def test_a_job_that_was_not_done_is_done_after_a_restart(
-    tmp_path: Path, untrained_weights: Path, scene: Path
+    tmp_path: Path, untrained_weights: Path, video: Path
 ) -> None:
     with running(tmp_path, untrained_weights, input_size=480) as up:
-        jobs = [up.post(scene) for _ in range(2)]
+        jobs = [up.post(video) for _ in range(2)]
         up.process.send_signal(signal.SIGINT)
         assert up.process.wait(60) == 0
     with running(tmp_path, untrained_weights) as up:
-        wait_until(lambda: all(up.job(job_id)["status"] == "succeeded" for job_id in jobs))
+        wait_until(
+            lambda: all(up.job(job_id)["status"] == "succeeded" for job_id in jobs), timeout_seconds=200
+        )

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.cli.showcase import write_scene
+from tests.videos import moving_square, write_video
 
 
 def imcnet(*arguments: object, **environment: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(
         [sys.executable, "-m", "service.cli", *map(str, arguments)],
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", **environment},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
         check=False,
@@ -165,24 +165,14 @@ def test_a_folder_of_frames_gets_a_mask_a_frame_under_the_frames_name(
 
 
 def test_a_video_gets_a_mask_a_frame_under_its_number(untrained_weights: Path, tmp_path: Path) -> None:
-    write_scene(tmp_path / "scene.mp4", tmp_path / "truth")
-    out = tmp_path / "masks"
+    video, out = write_video(tmp_path / "video.mp4", moving_square(6)), tmp_path / "masks"
     result = imcnet(
-        "segment",
-        tmp_path / "scene.mp4",
-        out,
-        "--weights",
-        untrained_weights,
-        "--input-size",
-        64,
-        "--max-side",
-        160,
+        "segment", video, out, "--weights", untrained_weights, "--input-size", 64, "--max-side", 32
     )
     assert result.returncode == 0, result.stderr
-    names = sorted(path.name for path in out.iterdir())
-    assert names == sorted(path.name for path in (tmp_path / "truth").iterdir())
-    with Image.open(out / names[0]) as mask:
-        assert mask.size == (160, 90)
+    assert sorted(path.name for path in out.iterdir()) == [f"{ordinal:08d}.png" for ordinal in range(6)]
+    with Image.open(out / "00000000.png") as mask:
+        assert mask.size == (32, 24)
 
 
 def test_untrained_weights_are_called_so(

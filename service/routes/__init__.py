@@ -1,0 +1,11 @@
+"""The endpoints, thin: what is asked → storage and queue → what is answered."""
+
+from fastapi import APIRouter
+
+from service.routes import artifacts, create, health, jobs
+
+router = APIRouter()
+router.include_router(create.router, tags=["jobs"])
+router.include_router(jobs.router, tags=["jobs"])
+router.include_router(artifacts.router, tags=["artifacts"])
+router.include_router(health.router, tags=["service"])
