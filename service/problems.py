@@ -17,6 +17,7 @@ from service.jobs import Problem
 
 logger = logging.getLogger(__name__)
 
+_METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {
     HTTPStatus.NOT_FOUND: "not_found",
     HTTPStatus.METHOD_NOT_ALLOWED: "method_not_allowed",
@@ -61,8 +62,12 @@ def documented(*codes: str) -> Responses:
 
 def _allowed_methods(request: Request) -> str:
     """What ``Allow`` has to say of the path asked for (RFC 9110, section 10.2.1)."""
-    routes = (route for route in request.app.routes if route.matches(request.scope)[0] is not Match.NONE)
-    return ", ".join(sorted({method for route in routes for method in getattr(route, "methods", None) or ()}))
+
+    def answers(method: str) -> bool:
+        scope = {**request.scope, "method": method}
+        return any(route.matches(scope)[0] is Match.FULL for route in request.app.routes)
+
+    return ", ".join(filter(answers, _METHODS))
 
 
 def correct_schema(app: FastAPI) -> None:

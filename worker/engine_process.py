@@ -99,7 +99,9 @@ class EngineProcess:
             cpu_threads=self._settings.cpu_threads,
         )
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.engine", config.model_dump_json()], stdout=subprocess.PIPE
+            # -P: a folder named `worker` in the working directory must not be taken for this package.
+            [sys.executable, "-P", "-m", "worker.engine", config.model_dump_json()],
+            stdout=subprocess.PIPE,
         )
         self._ready = self._wait_until_ready(self._process)
         logger.info("The engine (pid %d) is ready on %s", self.pid, self._ready.device)
