@@ -270,7 +270,7 @@ def describe(
             status=JobStatus.RUNNING if state.running else JobStatus.QUEUED,
             attempt=state.attempt,
             queue_position=None if state.running else state.position,
-            progress=state.progress,
+            progress=state.progress if state.running else Progress(),
             input=record.input,
             options=record.options,
             artifacts=(),

@@ -146,8 +146,10 @@ def _codec_options(limits: MediaLimits) -> dict[str, str]:
 
 
 def _open_container(path: Path, limits: MediaLimits) -> InputContainer:
-    # The level is the process's, but nothing else here listens; without it FFmpeg's reasons are lost.
+    # These are the process's, but nothing else listens; without them FFmpeg's reasons are lost, or are so
+    # the second time.
     av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
     try:
         with av.logging.Capture(local=False) as log:
             return av.open(

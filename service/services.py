@@ -1,11 +1,13 @@
 """What the endpoints work with."""
 
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from service.errors import QueueUnavailable
 from service.jobs import Job, JobStatus, describe
 from service.queue import JobQueue
 from service.settings import ServiceSettings
@@ -25,10 +27,12 @@ class Services:
         record = self.storage.load(job_id)
         outcome = self.storage.outcome(job_id)
         state = None
-        # Only a canceled job's end still depends on the queue: other outcomes are told without Redis.
-        if outcome is None or outcome.status is JobStatus.CANCELED:
+        if outcome is None:
             state = self.queue.state(job_id)
-            outcome = outcome or self.storage.outcome(job_id)  # it may have ended between the two looks
+            outcome = self.storage.outcome(job_id)  # it may have ended between the two looks
+        elif outcome.status is JobStatus.CANCELED:
+            with suppress(QueueUnavailable):  # how it ended is known; whether a worker is at it still, is not
+                state = self.queue.state(job_id)
         return describe(
             record,
             outcome,

@@ -179,6 +179,9 @@ class JobStorage:
         sync(directory)
         if not keep_source:
             self.source(job_id).unlink(missing_ok=True)
+        for attempt in directory.glob("attempt-*"):  # one that still runs finds out, and lets go
+            if attempt.name != outcome.workspace:
+                shutil.rmtree(attempt, ignore_errors=True)
         return True
 
     # -- removing ----------------------------------------------------------------------------------------

@@ -18,18 +18,27 @@ def sweep(storage: JobStorage, queue: JobQueue, settings: ServiceSettings) -> No
         upload_idle_seconds=2 * settings.upload_idle_seconds + settings.probe_timeout_seconds,
         tombstone_seconds=settings.tombstone_seconds,
     )
-    retention = timedelta(seconds=settings.retention_seconds)
+    expired_before = utc_now() - timedelta(seconds=settings.retention_seconds)
+    unfinished = []
     for job_id in storage.job_ids():
         outcome = storage.outcome(job_id)
         if outcome is None:
-            _keep_promise(job_id, storage, queue)
-        elif outcome.finished_at + retention < utc_now():
+            unfinished.append(job_id)
+        elif outcome.finished_at < expired_before:
             storage.remove(job_id)
-            queue.forget(job_id)
+    try:
+        for job_id in unfinished:
+            _keep_promise(job_id, storage, queue)
+    except QueueUnavailable as error:
+        logger.warning("%s", error.detail)
 
 
 def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue) -> None:
-    """Queue an accepted job that the queue does not know; end one that the queue has given up."""
+    """Queue an accepted job that the queue does not know; end one that the queue has given up.
+
+    Raises:
+        QueueUnavailable: Redis cannot be reached.
+    """
     try:
         if queue.crashed(job_id):
             error = ImcnetError("The worker died at every attempt.", code="worker_crashed")
@@ -41,5 +50,3 @@ def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue) -> None:
             queue.submit(storage.load(job_id))
     except (JobNotFound, JobGone):
         return  # deleted meanwhile
-    except QueueUnavailable as error:
-        logger.warning("Job %s: %s", job_id, error.detail)

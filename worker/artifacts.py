@@ -123,7 +123,7 @@ class OverlayVideo:
 
     def _open_stream(self, height: int, width: int) -> av.video.stream.VideoStream:
         stream = self._container.add_stream("libx264", rate=Fraction(self._fps).limit_denominator(1001))
-        stream.height, stream.width = height & ~1, width & ~1  # 4:2:0 has no odd sizes
+        stream.height, stream.width = max(2, height & ~1), max(2, width & ~1)  # 4:2:0 has no odd sizes
         stream.pix_fmt = "yuv420p"
         stream.codec_context.time_base = _OVERLAY_TIME_BASE
         stream.options = {"preset": "veryfast", "crf": "23"}

@@ -105,8 +105,7 @@ class VideoReader:
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
-                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``undecodable_stream``,
-                ``resource_limit``.
+                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``undecodable_stream``.
         """
         for frame in self._decoded:
             if self.frames == self._limits.max_frames:

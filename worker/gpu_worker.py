@@ -70,6 +70,8 @@ def run(settings: WorkerSettings) -> int:
 class GpuWorker(Worker):
     """RQ's worker, with a warm engine."""
 
+    max_connection_wait_time = 5.0  # RQ would be up to a minute late when Redis is back
+
     def __init__(
         self,
         connection: Redis,

@@ -4,7 +4,6 @@ from collections.abc import Iterator
 
 import av
 
-from service.errors import UnusableVideo
 from service.media import MediaLimits, OpenVideo, claimed_frames, no_frame, stream_duration_seconds
 
 # How far short of its duration a video may end: seconds, a share of the duration, mean frame intervals (the
@@ -38,12 +37,10 @@ class PacketDecoder:
         self.broke_off = False
 
     def frames(self) -> Iterator[av.VideoFrame]:
-        """Raises: UnusableVideo: ``resource_limit``, ``dimensions_exceed_limit``."""
+        """Raises: UnusableVideo: ``dimensions_exceed_limit``."""
         try:
             for packet in self._video.container.demux(self._video.stream):
                 yield from self._decode(packet)
-        except MemoryError as error:
-            raise UnusableVideo("Decoding the video takes too much memory.", code="resource_limit") from error
         except av.FFmpegError:
             self.broke_off = True
 
@@ -77,9 +74,7 @@ class PacketDecoder:
         self.packets += bool(packet.size)
         try:
             frames = packet.decode()
-        except MemoryError:
-            raise
-        except av.FFmpegError:
+        except av.FFmpegError:  # "out of memory" among them: a damaged packet may ask for any amount
             self._check_size()
             # A recording that starts between two key frames is not damaged for that.
             self.damaged += self._key_seen

@@ -85,6 +85,8 @@ def segment_video(job_id: str) -> Retry | None:
         if isinstance(error, EngineFailed) and _attempts_left():
             raise
         _fail(job_id, attempt, error)
+    with suppress(QueueUnavailable):
+        workplace.queue.forget(job_id)
     return None
 
 

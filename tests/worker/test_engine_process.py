@@ -1,0 +1,190 @@
+"""A real engine, from the side of the worker and the horse."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+
+from model.segmenter import Segmenter
+from service.errors import EngineFailed, Misconfigured
+from tests.waiting import wait_until
+from worker.decode import VideoFrame
+from worker.engine_process import EngineProcess, EngineStream
+from worker.protocol import StreamRequest
+from worker.settings import WorkerSettings
+
+pytestmark = pytest.mark.processes
+
+REQUEST = StreamRequest(height=40, width=56, mask_height=40, mask_width=56, threshold=0.5)
+
+
+def settings(weights: Path | None, **others: object) -> WorkerSettings:
+    return WorkerSettings.model_validate(
+        {"weights": weights, "device": "cpu", "input_size": 64, "cpu_threads": 1, **others}
+    )
+
+
+@pytest.fixture(scope="module")
+def shared_engine(untrained_weights: Path) -> Iterator[EngineProcess]:
+    engine = EngineProcess(settings(untrained_weights))
+    yield engine
+    engine.stop()
+
+
+@pytest.fixture
+def engine(shared_engine: EngineProcess) -> EngineProcess:
+    shared_engine.ensure_running()
+    return shared_engine
+
+
+def stream(engine: EngineProcess, *, stall_seconds: float = 60, tick: object = None) -> EngineStream:
+    return EngineStream(
+        socket_path=engine.socket,
+        engine_pid=engine.pid,
+        tick=tick if callable(tick) else lambda: None,
+        stall_seconds=stall_seconds,
+    )
+
+
+def frames(count: int) -> Iterator[VideoFrame]:
+    random = np.random.default_rng(0)
+    for index in range(count):
+        yield VideoFrame(random.integers(0, 256, (40, 56, 3), np.uint8), index, index / 25)
+
+
+def test_the_engines_masks_are_the_segmenters(engine: EngineProcess, untrained_weights: Path) -> None:
+    import torch
+
+    segmented = list(stream(engine).segment(frames(9), REQUEST))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        masks = list(
+            Segmenter.load(untrained_weights, device="cpu", input_size=64).segment(f.image for f in frames(9))
+        )
+    finally:
+        torch.set_num_threads(threads)
+    assert [s.frame.pts for s in segmented] == list(range(9))
+    assert all(np.array_equal(s.mask, mask) for s, mask in zip(segmented, masks, strict=True))
+
+
+def test_an_engine_serves_stream_after_stream(engine: EngineProcess) -> None:
+    pid = engine.pid
+    for _ in range(3):
+        assert len(list(stream(engine).segment(frames(2), REQUEST))) == 2
+        engine.ensure_running()
+    assert engine.pid == pid
+
+
+def test_a_stream_that_is_given_up_leaves_the_engine_warm(engine: EngineProcess) -> None:
+    pid = engine.pid
+
+    def stop_at_once() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(engine, tick=stop_at_once).segment(frames(500), REQUEST))
+    assert len(list(stream(engine).segment(frames(2), REQUEST))) == 2
+    assert engine.pid == pid
+
+
+def test_an_error_while_decoding_reaches_the_caller(engine: EngineProcess) -> None:
+    def broken() -> Iterator[VideoFrame]:
+        yield from frames(2)
+        raise LookupError("the third frame is missing")
+
+    with pytest.raises(LookupError, match="third"):
+        list(stream(engine).segment(broken(), REQUEST))
+    assert len(list(stream(engine).segment(frames(2), REQUEST))) == 2
+
+
+def test_no_frames_give_no_masks(engine: EngineProcess) -> None:
+    assert list(stream(engine).segment(iter(()), REQUEST)) == []
+
+
+def test_a_killed_engine_fails_its_stream_and_is_replaced(engine: EngineProcess) -> None:
+    pid = engine.pid
+    segmented = stream(engine).segment(frames(500), REQUEST)
+    next(segmented)
+    os.kill(pid, signal.SIGKILL)
+    with pytest.raises(EngineFailed):
+        list(segmented)
+    engine.ensure_running()
+    assert engine.pid != pid
+    assert len(list(stream(engine).segment(frames(2), REQUEST))) == 2
+
+
+def test_a_hanging_engine_is_killed(engine: EngineProcess) -> None:
+    segmented = stream(engine, stall_seconds=1).segment(frames(500), REQUEST)
+    next(segmented)
+    os.kill(engine.pid, signal.SIGSTOP)
+    with pytest.raises(EngineFailed, match="did nothing for 1 s"):
+        list(segmented)
+    pid = engine.pid
+    engine.ensure_running()
+    assert engine.pid != pid
+
+
+def test_frames_of_another_size_than_announced_end_the_engine(engine: EngineProcess) -> None:
+    wrong = REQUEST.model_copy(update={"height": 41})
+    with pytest.raises(EngineFailed):
+        list(stream(engine).segment(frames(3), wrong))
+    pid = engine.pid
+    engine.ensure_running()
+    assert engine.pid != pid
+
+
+def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
+    decoded = 0
+
+    def counted() -> Iterator[VideoFrame]:
+        nonlocal decoded
+        for frame in frames(2000):
+            decoded += 1
+            yield frame
+
+    large_masks = REQUEST.model_copy(update={"mask_height": 4000, "mask_width": 4000})
+    segmented = stream(engine).segment(counted(), large_masks)
+    next(segmented)
+    time.sleep(2)  # nobody takes masks meanwhile: the sockets fill up, and nothing else does
+    assert decoded < 200
+    segmented.close()
+
+
+@pytest.mark.parametrize(
+    ("others", "reason"),
+    [
+        ({"weights_sha256": "0" * 64}, "sha256|hash|SHA-256"),
+        ({"device": "cuda:99"}, "cuda:99"),
+        ({"weights": "/nowhere.safetensors"}, "nowhere"),
+        ({"weights": None}, "No weights are configured"),
+    ],
+)
+def test_what_cannot_work_is_refused_in_one_line(
+    untrained_weights: Path, others: dict[str, object], reason: str
+) -> None:
+    engine = EngineProcess(settings(untrained_weights).model_copy(update=_paths(others)))
+    try:
+        with pytest.raises(Misconfigured, match=reason) as refusal:
+            engine.ensure_running()
+    finally:
+        engine.stop()
+    assert "\n" not in refusal.value.detail
+
+
+def test_a_stopped_engine_leaves_no_process_and_no_directory(untrained_weights: Path) -> None:
+    engine = EngineProcess(settings(untrained_weights))
+    engine.ensure_running()
+    process, directory = psutil.Process(engine.pid), engine.socket.parent
+    engine.stop()
+    wait_until(lambda: not process.is_running(), timeout_seconds=10)
+    assert not directory.exists()
+
+
+def _paths(others: dict[str, object]) -> dict[str, object]:
+    return {k: Path(v) if k == "weights" and isinstance(v, str) else v for k, v in others.items()}
