@@ -76,6 +76,10 @@ class ServiceSettings(SharedSettings):
     upload_idle_seconds: PositiveFloat = Field(
         default=30, description="An upload that sends nothing for this long is dropped."
     )
+    upload_min_bytes_per_second: NonNegativeInt = Field(
+        default=64 * 1024,
+        description="Slowest upload, of a client that has kept us waiting that long in all.",
+    )
     disk_reserve_bytes: NonNegativeInt = Field(
         default=5 * GIB, description="Free disk space that an upload must leave, beside twice its own size."
     )

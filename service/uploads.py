@@ -22,7 +22,6 @@ from service.errors import InvalidRequest, StorageFull
 from service.forms import FormBody, RawBody
 
 _BATCH_BYTES = 2**20
-_MIN_BYTES_PER_SECOND = 64 * 1024
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -44,6 +43,7 @@ async def receive(
     max_upload_bytes: int,
     max_form_field_bytes: int,
     idle_seconds: float,
+    min_bytes_per_second: int,
     disk_reserve_bytes: int,
 ) -> Upload:
     """Write the video in a request's body to ``path``, synced to the disk.
@@ -54,8 +54,8 @@ async def receive(
     Args:
         path: Where there is no file yet.
         max_upload_bytes: Of the whole body.
-        idle_seconds: Longest wait for more of the body. A client that has let us wait for this long in all
-            has to reach 64 KiB/s.
+        idle_seconds: Longest wait for more of the body.
+        min_bytes_per_second: What a client has to reach that has let us wait for ``idle_seconds`` in all.
         disk_reserve_bytes: To be left free on the disk, beside twice the declared size.
     Raises:
         InvalidRequest: ``unsupported_media_type``, ``upload_too_large``, ``request_timeout``,
@@ -71,7 +71,7 @@ async def receive(
     async with AsyncExitStack() as on_failure:
         on_failure.push_async_callback(_in_thread, file.discard)
         await _in_thread(file.open, 2 * declared_bytes)
-        async with aclosing(_read(request, max_upload_bytes, idle_seconds)) as chunks:
+        async with aclosing(_read(request, max_upload_bytes, idle_seconds, min_bytes_per_second)) as chunks:
             async for chunk in chunks:
                 body.feed(chunk)
                 if len(body.video) >= _BATCH_BYTES:
@@ -100,7 +100,9 @@ def _body_of(request: Request, max_form_field_bytes: int) -> RawBody:
     )
 
 
-async def _read(request: Request, max_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes, None]:
+async def _read(
+    request: Request, max_bytes: int, idle_seconds: float, min_bytes_per_second: int
+) -> AsyncGenerator[bytes, None]:
     clock = asyncio.get_running_loop().time
     received_bytes, waited_seconds = 0, 0.0
     async with aclosing(request.stream()) as stream:
@@ -117,7 +119,7 @@ async def _read(request: Request, max_bytes: int, idle_seconds: float) -> AsyncG
             waited_seconds += clock() - asked
             if received_bytes > max_bytes:
                 raise _too_large(max_bytes)
-            if waited_seconds > idle_seconds and received_bytes < waited_seconds * _MIN_BYTES_PER_SECOND:
+            if waited_seconds > idle_seconds and received_bytes < waited_seconds * min_bytes_per_second:
                 raise _too_slow()
             yield chunk
 

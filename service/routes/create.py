@@ -83,6 +83,7 @@ async def create_job(
         max_upload_bytes=settings.max_upload_bytes,
         max_form_field_bytes=settings.max_form_field_bytes,
         idle_seconds=settings.upload_idle_seconds,
+        min_bytes_per_second=settings.upload_min_bytes_per_second,
         disk_reserve_bytes=settings.disk_reserve_bytes,
     )
     try:

@@ -42,6 +42,7 @@ class Server:
             "max_upload_bytes": 64 * MIB,
             "max_form_field_bytes": 1000,
             "idle_seconds": 10.0,
+            "min_bytes_per_second": 64 * 1024,
             "disk_reserve_bytes": 0,
             **limits,
         }
@@ -359,5 +360,6 @@ async def _receive(directory: Path, body: Any) -> Upload:
         max_upload_bytes=2**40,
         max_form_field_bytes=1000,
         idle_seconds=10,
+        min_bytes_per_second=64 * 1024,
         disk_reserve_bytes=0,
     )
