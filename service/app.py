@@ -9,7 +9,7 @@ from importlib.metadata import version
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
-from service import problems, routes
+from service import page, problems, routes
 from service.errors import Misconfigured
 from service.queue import JobQueue, connect
 from service.services import Services
@@ -49,6 +49,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.services = services
     problems.install(app)
     app.include_router(routes.router)
+    app.include_router(page.router)
     problems.correct_schema(app)
     return app
 

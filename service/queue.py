@@ -26,6 +26,7 @@ from service.jobs import JobRecord, Progress, QueueState, WorkerInfo, utc_now
 TASK = "worker.tasks.segment_video"
 QUEUE_NAME = "imcnet"  # one queue: with several, RQ loses a job whose worker dies between pop and start
 
+_RESULT_SECONDS = 60
 _PROGRESS = "imcnet:progress:{}"
 _WORKER = "imcnet:worker:{}"
 
@@ -85,7 +86,9 @@ class JobQueue:
                 description=TASK,
                 timeout=self._job_timeout_seconds,
                 retry=Retry(max=self._max_attempts - 1) if self._max_attempts > 1 else None,
-                result_ttl=0,  # the outcome is in the storage: Redis may forget the job as soon as it ends
+                # The outcome is in the storage, so Redis may forget the job. Not at once (0), though: RQ 3.0 then
+                # stumbles over executions of workers that have died.
+                result_ttl=_RESULT_SECONDS,
             )
 
     def state(self, job_id: str) -> QueueState | None:
@@ -118,6 +121,7 @@ class JobQueue:
         with _translated():
             job = self._fetch(job_id)
             if job is not None and job.get_status(refresh=False) is not RqStatus.STARTED:
+                self._redis.delete(job.execution_registry.key)  # RQ 3.0 stumbles over expired executions
                 job.delete()
             self._redis.delete(_PROGRESS.format(job_id))
 

@@ -68,9 +68,13 @@ class Stack:
         return process
 
     def start_worker(self, **settings: object) -> subprocess.Popen[bytes]:
-        before = len(self.workers())
+        before = {worker["name"] for worker in self.workers()}
         process = self.start("worker", **settings)
-        eventually(lambda: len(self.workers()) > before, within_seconds=90, what="the worker is ready")
+        eventually(
+            lambda: {worker["name"] for worker in self.workers()} - before,
+            within_seconds=90,
+            what="the worker is ready",
+        )
         return process
 
     def workers(self) -> list[dict[str, Any]]:

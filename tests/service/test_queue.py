@@ -44,7 +44,7 @@ def test_rq_gets_nothing_but_the_task_and_the_id_as_json(queue: JobQueue, redis:
     queue.submit(job)
     queued = RqJob.fetch(job.id, connection=redis, serializer=JSONSerializer)
     assert (queued.func_name, tuple(queued.args), queued.kwargs) == (TASK, (job.id,), {})
-    assert (queued.timeout, queued.result_ttl, queued.retries_left) == (7200, 0, 2)
+    assert (queued.timeout, queued.result_ttl, queued.retries_left) == (7200, 60, 2)
 
 
 def test_an_unknown_job_has_no_state(queue: JobQueue) -> None:
@@ -81,6 +81,14 @@ def test_a_forgotten_job_leaves_no_key(queue: JobQueue, redis: Redis) -> None:
     queue.forget(job.id)
     assert queue.state(job.id) is None
     assert {key for key in redis.scan_iter() if job.id.encode() in key} == set()
+
+
+def test_a_job_whose_execution_has_expired_can_be_forgotten(queue: JobQueue, redis: Redis) -> None:
+    job = record()
+    queue.submit(job)
+    redis.zadd(f"rq:executions:{job.id}", {"of-a-worker-that-died": time.time() + 60})
+    queue.forget(job.id)
+    assert queue.state(job.id) is None
 
 
 def test_progress_expires_by_itself(queue: JobQueue, redis: Redis) -> None:
