@@ -86,8 +86,8 @@ class JobQueue:
                 description=TASK,
                 timeout=self._job_timeout_seconds,
                 retry=Retry(max=self._max_attempts - 1) if self._max_attempts > 1 else None,
-                # The outcome is in the storage, so Redis may forget the job. Not at once (0), though: RQ 3.0 then
-                # stumbles over executions of workers that have died.
+                # The outcome is in the storage, so Redis may forget the job. Not at once (0), though: RQ 3.0
+                # then stumbles over executions of workers that have died.
                 result_ttl=_RESULT_SECONDS,
             )
 
