@@ -40,10 +40,11 @@ def write_contact_sheet(video: Path, path: Path, *, frames: int) -> None:
     with av.open(video) as container:
         tiles = [_tile(frame) for ordinal, frame in enumerate(container.decode(video=0)) if ordinal in chosen]
     height, width, _ = tiles[0].shape
-    rows = -(-len(tiles) // _TILE_COLUMNS)
-    sheet = np.zeros((rows * height, _TILE_COLUMNS * width, 3), np.uint8)
+    columns = min(_TILE_COLUMNS, len(tiles))
+    rows = -(-len(tiles) // columns)
+    sheet = np.zeros((rows * height, columns * width, 3), np.uint8)
     for position, tile in enumerate(tiles):
-        row, column = divmod(position, _TILE_COLUMNS)
+        row, column = divmod(position, columns)
         sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
     Image.fromarray(sheet).save(path)
 
