@@ -42,7 +42,6 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         summary="Cuts the primary moving object out of any video.",
         description="Post a video to `/jobs`, poll the job, download its masks.",
         version=version("imcnet"),
-        root_path=settings.root_path,
         lifespan=lifespan,
         redoc_url=None,
     )

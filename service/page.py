@@ -1,4 +1,4 @@
-"""The page at ``/``, for people. It is made of three static files and talks to the API like any other client."""
+"""The page at ``/``, for people. It is made of static files and talks to the API like any other client."""
 
 from pathlib import Path
 
@@ -8,8 +8,8 @@ from fastapi.responses import FileResponse
 _DIRECTORY = Path(__file__).with_name("web")
 _HEADERS = {
     "Content-Security-Policy": (
-        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
-        "media-src 'self' blob:; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+        "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
+        "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
     "X-Content-Type-Options": "nosniff",
@@ -17,7 +17,7 @@ _HEADERS = {
     "Cache-Control": "no-cache",  # an upgrade must not leave an old script with a new page
 }
 
-# A route per file and no mount: Starlette's StaticFiles finds nothing where a proxy has stripped the root path.
+# A route per file and no mount: one at / would answer for every path that nothing else knows.
 router = APIRouter(include_in_schema=False)
 
 
@@ -37,3 +37,9 @@ def styles() -> FileResponse:
 def script() -> FileResponse:
     """What it does."""
     return FileResponse(_DIRECTORY / "page.js", media_type="text/javascript", headers=_HEADERS)
+
+
+@router.api_route("/words.js", methods=["GET", "HEAD"])
+def words() -> FileResponse:
+    """What it says."""
+    return FileResponse(_DIRECTORY / "words.js", media_type="text/javascript", headers=_HEADERS)

@@ -40,6 +40,7 @@ def serve(host: HostOption = None, port: PortOption = None) -> None:
     _check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
     config = uvicorn.Config(
         create_app(settings),
+        root_path=settings.root_path,  # and not FastAPI's: only the server puts it back before the path
         log_config=None,
         log_level=settings.log_level.lower(),
         timeout_graceful_shutdown=_DRAIN_SECONDS,

@@ -1,18 +1,14 @@
 // The page is a client of the API like any other. What comes from the API or the user is shown as text only,
 // never as HTML, and all addresses are relative, so that the page works below any root path.
 
+import { ARTIFACTS, facts, nameOf, paceText, shortStatus, sizeText, statusText, timeText } from "./words.js";
+
 const LISTED_JOBS = 10;
 const REFRESH_SECONDS = 10; // the list of jobs and the notice about workers
 const RETRY_SECONDS = 5; // after the API could not be reached
 const WAIT_SECONDS = 25; // below 30, the API's limit, and below the patience of usual proxies
 
 const ENDED = ["succeeded", "failed", "canceled"];
-const PHASES = {
-  waiting: "Getting started",
-  segmenting: "Cutting out the object",
-  publishing: "Writing the results",
-};
-const ARTIFACTS = { "masks.zip": "a black-and-white PNG per frame", "overlay.mp4": "the video with the object tinted" };
 
 const $ = (id) => document.getElementById(id);
 const pause = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
@@ -50,50 +46,9 @@ function showProblem(box, error) {
   box.replaceChildren(element("strong", {}, title), detail);
 }
 
-// -- words and numbers ----------------------------------------------------------------------------------
-
-function sizeText(bytes) {
-  if (bytes < 1000) return `${bytes} bytes`;
-  const power = Math.min(3, Math.floor(Math.log10(bytes) / 3));
-  const value = bytes / 1000 ** power;
-  return `${value.toFixed(value < 10 ? 1 : 0)} ${["", "kB", "MB", "GB"][power]}`;
-}
-
-function durationText(seconds) {
-  const whole = Math.round(seconds);
-  if (seconds < 10) return `${Number(seconds.toFixed(1))} s`;
-  if (whole < 60) return `${whole} s`;
-  if (whole < 3600) return `${Math.floor(whole / 60)} min ${whole % 60} s`;
-  return `${Math.floor(whole / 3600)} h ${Math.floor((whole % 3600) / 60)} min`;
-}
-
-const countText = (count, noun) => `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
-const timeText = (time) => new Date(time).toLocaleString([], { dateStyle: "medium", timeStyle: "short" });
-const nameOf = (job) => job.input.filename ?? "Unnamed video";
-
-function statusText(job) {
-  if (job.status === "queued" && job.queue_position === 1) return "Next in line";
-  if (job.status === "queued" && job.queue_position) return `Number ${job.queue_position} in line`;
-  if (job.status === "running") return PHASES[job.progress.phase] + (job.attempt > 1 ? `, attempt ${job.attempt}` : "");
-  if (job.status === "succeeded" && job.started_at) {
-    const seconds = (new Date(job.finished_at) - new Date(job.started_at)) / 1000;
-    return `${countText(job.progress.frames_done, "frame")} in ${durationText(seconds)}`;
-  }
-  return "";
-}
-
-function paceText({ frames_done, frames_total, fps, eta_s }) {
-  const parts = [
-    frames_total ? `${frames_done} of ${countText(frames_total, "frame")}` : countText(frames_done, "frame"),
-  ];
-  if (fps) parts.push(`${fps.toFixed(1)} frames a second`);
-  if (eta_s) parts.push(`about ${durationText(Math.ceil(eta_s))} left`);
-  return parts.join(" · ");
-}
-
 // -- a new video ----------------------------------------------------------------------------------------
 
-let chosen = null; // the File; kept apart from the input, which a script cannot give a dropped file everywhere
+let chosen = null; // the File; kept apart from the input, which may not be given a dropped one everywhere
 let request = null; // the upload in progress
 
 function choose(file) {
@@ -127,7 +82,10 @@ function send() {
     if (target.status === 202) location.hash = target.response.id;
     else showProblem($("upload-problem"), new ApiError(target.status, target.response));
   };
-  request.onerror = () => showProblem($("upload-problem"), new TypeError());
+  request.onerror = () => {
+    const detail = "The service cannot be reached, or something on the way takes no file of this size.";
+    showProblem($("upload-problem"), new ApiError(0, { title: "The upload broke off", detail }));
+  };
   request.onloadend = () => showSending((request = null));
   request.open("POST", "jobs");
   request.responseType = "json";
@@ -150,7 +108,7 @@ function showJob(job) {
   const ended = ENDED.includes(job.status);
   document.title = `${nameOf(job)}: ${job.status} – IMCNet`;
   $("job-name").textContent = nameOf(job);
-  $("job-status").textContent = job.status;
+  if ($("job-status").textContent !== job.status) $("job-status").textContent = job.status; // is read aloud
   $("job-status").className = `badge ${job.status}`;
   $("job-text").textContent = statusText(job);
   $("job-bar").hidden = $("job-pace").hidden = job.status !== "running";
@@ -161,25 +119,12 @@ function showJob(job) {
     ...job.warnings.map(({ detail }) => element("p", { className: "notice" }, detail)),
   );
   showProblem($("job-problem"), job.error && new ApiError(null, job.error));
-  $("job-facts").replaceChildren(...facts(job).flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]));
+  const pairs = facts(job).flatMap(([term, fact]) => [element("dt", {}, term), element("dd", {}, fact)]);
+  $("job-facts").replaceChildren(...pairs);
   $("job-actions").hidden = false;
   $("cancel").hidden = ended;
   $("cancel").disabled = job.status === "canceling";
-  showResults(job);
-}
-
-function facts({ input, options, model, created_at, expires_at }) {
-  const parts = [`${input.width} × ${input.height}`, input.codec, sizeText(input.bytes)];
-  if (input.fps) parts.splice(1, 0, `${Number(input.fps.toFixed(2))} frames a second`);
-  if (input.duration_s) parts.splice(1, 0, durationText(input.duration_s));
-  const side = options.max_side ? `, longest side ${options.max_side} pixels` : "";
-  return [
-    ["Video", parts.join(" · ")],
-    ["Options", `threshold ${options.threshold}${side}`],
-    ...(model ? [["Network", `${model.name} (${model.backbone}${model.trained ? "" : ", untrained"})`]] : []),
-    ["Posted", timeText(created_at)],
-    ...(expires_at ? [["Kept until", timeText(expires_at)]] : []),
-  ];
+  if (job.artifacts.length) showResults(job);
 }
 
 function showResults({ id, artifacts, input }) {
@@ -188,17 +133,22 @@ function showResults({ id, artifacts, input }) {
   $("job-artifacts").replaceChildren(
     ...artifacts.map(({ name, bytes, sha256 }) => {
       const link = element("a", { href: url(name), download: name, title: `SHA-256 ${sha256}` }, name);
-      return element("li", {}, link, element("span", {}, ARTIFACTS[name] ?? ""), element("span", {}, sizeText(bytes)));
+      const words = [ARTIFACTS[name] ?? "", sizeText(bytes)].map((text) => element("span", {}, text));
+      return element("li", {}, link, ...words);
     }),
   );
   const overlay = artifacts.find(({ media_type }) => media_type.startsWith("video/"));
   const video = $("overlay-video");
   video.hidden = !overlay;
-  if (!overlay) return video.removeAttribute("src");
-  // Straight from its address: "attachment" concerns navigation only, and a long video is never held in memory.
-  video.src = url(overlay.name);
-  video.style.aspectRatio = `${input.width} / ${input.height}`; // no jump when it has loaded
   video.autoplay = !matchMedia("(prefers-reduced-motion: reduce)").matches;
+  if (overlay) {
+    // Straight from its address: `attachment` is for navigation only, and no long video is held in memory.
+    video.src = url(overlay.name);
+    video.style.aspectRatio = `${input.width} / ${input.height}`; // no jump when it has loaded
+  } else {
+    video.removeAttribute("src");
+    video.load(); // or the one before plays on
+  }
 }
 
 function clearJob() {
@@ -215,8 +165,8 @@ async function follow(id, signal) {
   while (!signal.aborted) {
     try {
       // With a known state the API answers at the next change; without one, at once.
-      const known = etag ? { "If-None-Match": etag } : {};
-      const answer = await api(jobUrl(id) + (etag ? `?wait=${WAIT_SECONDS}` : ""), { signal, headers: known });
+      const [query, headers] = etag ? [`?wait=${WAIT_SECONDS}`, { "If-None-Match": etag }] : ["", {}];
+      const answer = await api(jobUrl(id) + query, { signal, headers });
       if (answer.status === 200) {
         const job = await answer.json();
         etag = answer.headers.get("etag");
@@ -230,7 +180,7 @@ async function follow(id, signal) {
       if (signal.aborted) return;
       showProblem($("job-problem"), error);
       $("job-name").textContent ||= "Job";
-      if (error.status === 404 || error.status === 410) return;
+      if (error.status === 404 || error.status === 410) return refresh();
       etag = null; // so that the next answer comes at once and takes the message away
       await pause(RETRY_SECONDS);
     }
@@ -250,25 +200,30 @@ function showService({ version, workers }) {
   let notice = "";
   if (workers === null) notice = "The job queue cannot be reached: no video can be taken.";
   else if (workers.length === 0) notice = "No worker is running: videos are taken, and wait until one comes.";
-  else if (workers.some(({ model }) => !model.trained)) notice = "The network is untrained: its masks mean nothing.";
-  $("service-notice").textContent = notice;
-  $("service-notice").hidden = notice === "" || $("job-warnings").hasChildNodes(); // the open job says it itself
+  else if (workers.some(({ model }) => !model.trained)) {
+    notice = "The network is untrained: its masks mean nothing.";
+  }
+  if ($("job-warnings").hasChildNodes()) notice = ""; // the open job says it itself
+  $("service-notice").hidden = notice === "";
+  if ($("service-notice").textContent !== notice) $("service-notice").textContent = notice; // is read aloud
   const devices = workers?.map(({ device }) => device).join(", ");
   $("service-facts").textContent = `IMCNet ${version}${devices ? ` on ${devices}` : ""} ·`;
 }
 
 function showJobs({ items }) {
   $("recent").hidden = items.length === 0;
-  $("recent-jobs").replaceChildren(...items.map(listed));
+  const focused = $("recent-jobs").contains(document.activeElement) && document.activeElement.hash;
+  const entries = items.map(listed);
+  $("recent-jobs").replaceChildren(...entries);
+  if (focused) entries.find((entry) => entry.firstChild.hash === focused)?.firstChild.focus();
 }
 
 function listed(job) {
-  const percent = job.status === "running" && job.progress.percent !== null ? ` ${Math.floor(job.progress.percent)} %` : "";
   const link = element(
     "a",
     { href: `#${job.id}` },
     element("strong", {}, nameOf(job)),
-    element("span", { className: `badge ${job.status}` }, job.status + percent),
+    element("span", { className: `badge ${job.status}` }, shortStatus(job)),
     element("time", { dateTime: job.created_at }, timeText(job.created_at)),
   );
   if (job.id === location.hash.slice(1)) link.ariaCurrent = "page";
@@ -291,17 +246,22 @@ function open() {
   else refresh();
 }
 
-const act = (button, action) =>
-  $(button).addEventListener("click", () => action(jobUrl(location.hash.slice(1))).catch((error) => showProblem($("job-problem"), error)));
+function onJobButton(button, action) {
+  $(button).addEventListener("click", () => {
+    action(jobUrl(location.hash.slice(1))).catch((error) => showProblem($("job-problem"), error));
+  });
+}
 
-act("cancel", (url) => api(`${url}/cancel`, { method: "POST" }));
-act("delete", async (url) => {
+onJobButton("cancel", (url) => api(`${url}/cancel`, { method: "POST" }));
+onJobButton("delete", async (url) => {
   if (!confirm("Delete the job with everything that belongs to it?")) return;
   await api(url, { method: "DELETE" });
   location.hash = "";
 });
 
-$("threshold").addEventListener("input", ({ target }) => ($("threshold-value").textContent = Number(target.value).toFixed(2)));
+$("threshold").addEventListener("input", ({ target }) => {
+  $("threshold-value").textContent = Number(target.value).toFixed(2);
+});
 $("file").addEventListener("change", ({ target }) => choose(target.files[0]));
 $("abort").addEventListener("click", () => request?.abort());
 $("form").addEventListener("submit", (event) => {
@@ -317,6 +277,9 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 addEventListener("beforeunload", (event) => request && event.preventDefault());
-addEventListener("hashchange", open);
+addEventListener("hashchange", () => {
+  open();
+  $(location.hash.length > 1 ? "job" : "new").focus(); // what had it may be hidden now
+});
 setInterval(() => document.visibilityState === "visible" && refresh(), 1000 * REFRESH_SECONDS);
 open();
