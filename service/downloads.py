@@ -29,7 +29,7 @@ class ArtifactResponse(FileResponse):
                 "Cache-Control": "private, no-cache",
             },
         )
-        self._unchanged = if_none_match is not None and _matches(if_none_match, self._etag)
+        self._unchanged = if_none_match is not None and matches(if_none_match, self._etag)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if self._unchanged:
@@ -49,8 +49,8 @@ class ArtifactResponse(FileResponse):
             await refusal(scope, receive, send)
 
 
-def _matches(if_none_match: str, etag: str) -> bool:
-    """Weak comparison of RFC 9110, section 13.1.2."""
+def matches(if_none_match: str, etag: str) -> bool:
+    """Whether the header names ``etag`` (RFC 9110, section 13.1.2: a weak comparison)."""
     candidates = [candidate.strip().removeprefix("W/") for candidate in if_none_match.split(",")]
     return "*" in candidates or etag in candidates
 

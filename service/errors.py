@@ -155,6 +155,15 @@ class EngineFailed(ImcnetError):
     code = "engine_failed"
 
 
+class WorkerCrashed(ImcnetError):
+    """No attempt is left."""
+
+    code = "worker_crashed"
+
+    def __init__(self) -> None:
+        super().__init__("The worker died or failed at every attempt.")
+
+
 class JobTimedOut(ImcnetError):
     """The job ran longer than its limit."""
 

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field
 
-from service.errors import PROBLEMS, ImcnetError
+from service.errors import PROBLEMS, ImcnetError, WorkerCrashed
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -212,6 +212,18 @@ class QueueState:
     position: int | None = None
     progress: Progress = field(default_factory=Progress)
     workers_alive: int = 0
+
+
+def given_up(state: QueueState | None) -> Outcome:
+    """The outcome of a job that no attempt is left for; ``state`` is the last that the queue knew."""
+    state = state or QueueState(running=False)
+    return Outcome(
+        status=JobStatus.FAILED,
+        attempt=state.attempt,
+        started_at=state.started_at,
+        finished_at=utc_now(),
+        error=Problem.of(WorkerCrashed()),
+    )
 
 
 class PublishedArtifact(Artifact):

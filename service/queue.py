@@ -20,25 +20,33 @@ from rq.serializers import JSONSerializer
 from rq.utils import as_text
 from rq.worker import Worker as RqWorker
 
-from service.errors import QueueFull, QueueUnavailable
+from service.errors import Misconfigured, QueueFull, QueueUnavailable
 from service.jobs import JobRecord, Progress, QueueState, WorkerInfo, utc_now
 
 TASK = "worker.tasks.segment_video"
 QUEUE_NAME = "imcnet"  # one queue: with several, RQ loses a job whose worker dies between pop and start
 
 _RESULT_SECONDS = 60
+_FAILURE_SECONDS = 86_400  # RQ would remember for a year that it gave a job up
 _PROGRESS = "imcnet:progress:{}"
 _WORKER = "imcnet:worker:{}"
 
 
 def connect(url: str, *, timeout_seconds: float) -> Redis:
-    """A client that gives up after ``timeout_seconds``; redis-py would wait a minute on a hung server."""
-    return Redis.from_url(
-        url,
-        socket_timeout=timeout_seconds,
-        socket_connect_timeout=timeout_seconds,
-        retry=RedisRetry(NoBackoff(), 0),
-    )
+    """A client that gives up after ``timeout_seconds``; redis-py would wait a minute on a hung server.
+
+    Raises:
+        Misconfigured: ``url`` is no address of a Redis.
+    """
+    try:
+        return Redis.from_url(
+            url,
+            socket_timeout=timeout_seconds,
+            socket_connect_timeout=timeout_seconds,
+            retry=RedisRetry(NoBackoff(), 0),
+        )
+    except ValueError as error:
+        raise Misconfigured("IMCNET_REDIS_URL must be redis://…, rediss://… or unix://….") from error
 
 
 class JobQueue:
@@ -89,6 +97,7 @@ class JobQueue:
                 # The outcome is in the storage, so Redis may forget the job. Not at once (0), though: RQ 3.0
                 # then stumbles over executions of workers that have died.
                 result_ttl=_RESULT_SECONDS,
+                failure_ttl=_FAILURE_SECONDS,
             )
 
     def state(self, job_id: str) -> QueueState | None:

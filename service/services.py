@@ -1,7 +1,8 @@
 """What the endpoints work with."""
 
+import threading
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Annotated
 
@@ -21,6 +22,7 @@ class Services:
     settings: ServiceSettings
     storage: JobStorage
     queue: JobQueue
+    stopping: threading.Event = field(default_factory=threading.Event)  # whoever waits now, answers
 
     def job(self, job_id: str) -> Job:
         """Raises: JobNotFound, JobGone, QueueUnavailable."""

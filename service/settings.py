@@ -1,9 +1,9 @@
 """Settings, from ``IMCNET_…`` environment variables; read at the edge, below it there are plain values."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import AliasChoices, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt, PositiveFloat, PositiveInt
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import Misconfigured
@@ -16,7 +16,9 @@ GIB = 2**30
 class SharedSettings(BaseSettings):
     """What the API and the workers have to agree on."""
 
-    model_config = SettingsConfigDict(env_prefix="IMCNET_", frozen=True, extra="ignore")
+    model_config = SettingsConfigDict(
+        env_prefix="IMCNET_", env_ignore_empty=True, frozen=True, extra="ignore"
+    )
 
     redis_url: str | None = Field(
         default=None,
@@ -26,7 +28,7 @@ class SharedSettings(BaseSettings):
     redis_timeout_seconds: PositiveFloat = Field(
         default=1.0, description="How long the API waits for Redis before it answers 503."
     )
-    data_dir: Path = Field(
+    data_dir: Annotated[Path, AfterValidator(Path.absolute)] = Field(
         default=Path("imcnet-data"),
         description="Uploads, jobs and artifacts; shared by the API and all workers.",
     )

@@ -14,12 +14,13 @@ Every change is one rename or link, so no reader ever sees half of one.
 """
 
 import errno
+import fcntl
 import os
 import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
@@ -112,9 +113,18 @@ class JobStorage:
             return None
 
     def settled(self, job_id: str) -> bool:
-        """Whether there is nothing left to do: the job has an outcome, or is gone."""
-        directory = self._directory(job_id)
-        return (directory / "outcome.json").exists() or not (directory / "job.json").exists()
+        """Whether there is nothing left to do: the job has an outcome, or was removed.
+
+        Raises:
+            JobNotFound: There never was such a job, here.
+        """
+        if (self._directory(job_id) / "outcome.json").exists():
+            return True
+        if (self._directory(job_id) / "job.json").exists():
+            return False
+        if (self._tombstones / job_id).exists():
+            return True
+        raise JobNotFound
 
     def source(self, job_id: str) -> Path:
         """The uploaded video."""
@@ -167,6 +177,8 @@ class JobStorage:
             Whether this call decided. False: the job has an outcome already, or is gone.
         """
         directory = self._directory(job_id)
+        if (directory / "outcome.json").exists():  # the usual way to lose, and on a full disk the only one
+            return False
         draft = directory / f".outcome-{uuid4()}"
         with _full_disk_is_storage_full():
             try:
@@ -176,12 +188,13 @@ class JobStorage:
                 return False
             finally:
                 draft.unlink(missing_ok=True)
-        sync(directory)
-        if not keep_source:
-            self.source(job_id).unlink(missing_ok=True)
-        for attempt in directory.glob("attempt-*"):  # one that still runs finds out, and lets go
-            if attempt.name != outcome.workspace:
-                shutil.rmtree(attempt, ignore_errors=True)
+        with suppress(FileNotFoundError):  # removed already
+            sync(directory)
+            if not keep_source:
+                self.source(job_id).unlink(missing_ok=True)
+            for entry in list(os.scandir(directory)):  # an attempt that still runs finds out, and lets go
+                if entry.name.startswith("attempt-") and entry.name != outcome.workspace:
+                    shutil.rmtree(entry.path, ignore_errors=True)
         return True
 
     # -- removing ----------------------------------------------------------------------------------------
@@ -189,10 +202,6 @@ class JobStorage:
     def remove(self, job_id: str) -> None:
         """Take the job away with all its files, leaving a tombstone; one that is gone already is no error."""
         (self._tombstones / job_id).touch()
-        self.discard(job_id)
-
-    def discard(self, job_id: str) -> None:
-        """Take the job away as if it had never been."""
         grave = self._trash / f"{job_id}-{uuid4()}"
         try:
             self._directory(job_id).rename(grave)
@@ -231,11 +240,23 @@ def _write_synced(path: Path, data: bytes) -> None:
 def _remove_older(directory: Path, age_seconds: float) -> None:
     deadline = time.time() - age_seconds
     for entry in os.scandir(directory):
+        with suppress(FileNotFoundError):  # another sweeper was faster
+            if entry.stat().st_mtime >= deadline:
+                continue
+            if entry.is_dir():
+                shutil.rmtree(entry.path)
+            elif not _in_use(entry.path):
+                os.unlink(entry.path)
+
+
+def _in_use(path: str) -> bool:
+    """Whether somebody is writing to the file, however slowly: an upload locks what it receives."""
+    with open(path, "rb") as file:
         try:
-            if entry.stat().st_mtime < deadline:
-                shutil.rmtree(entry.path) if entry.is_dir() else os.unlink(entry.path)
-        except FileNotFoundError:
-            continue  # another sweeper was faster
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 @contextmanager

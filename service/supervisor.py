@@ -67,12 +67,15 @@ class Supervisor:
         """Run until SIGINT, SIGTERM or SIGHUP. Call it in the main thread.
 
         Returns:
-            0 after a signal; 2 if a child ended with 2, which says that a restart would not help it.
+            0 after a signal; 2 if a child ended with 2, which says that a restart would not help it. One that
+            has lived for half a minute is restarted all the same: it was well configured, and the others are.
         """
         with self._handling_signals():
             try:
                 while not self._signals_seen:
-                    if any(slot.reap() == EXIT_MISCONFIGURED for slot in self._slots()):
+                    if any(
+                        slot.reap() == EXIT_MISCONFIGURED and not slot.has_lived for slot in self._slots()
+                    ):
                         return EXIT_MISCONFIGURED
                     self._start_what_is_due()
                     self._announce()
@@ -132,6 +135,7 @@ class _Slot:
         self._started_at = 0.0
         self._due_at = 0.0
         self._delay_seconds = _FIRST_DELAY_SECONDS
+        self.has_lived = False
 
     def is_alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
@@ -157,9 +161,10 @@ class _Slot:
             return None
         self.kill()
         if time.monotonic() - self._started_at > _LAST_DELAY_SECONDS:
+            self.has_lived = True
             self._delay_seconds = _FIRST_DELAY_SECONDS
         self._due_at = time.monotonic() + self._delay_seconds
-        if code != EXIT_MISCONFIGURED:
+        if code != EXIT_MISCONFIGURED or self.has_lived:
             logger.warning(
                 "%s ended with %d, starting it again in %.0f s", self._child.name, code, self._delay_seconds
             )

@@ -3,8 +3,8 @@
 import logging
 from datetime import timedelta
 
-from service.errors import ImcnetError, JobGone, JobNotFound, QueueUnavailable
-from service.jobs import JobStatus, Outcome, Problem, utc_now
+from service.errors import JobGone, JobNotFound, QueueUnavailable
+from service.jobs import given_up, utc_now
 from service.queue import JobQueue
 from service.settings import ServiceSettings
 from service.storage import JobStorage
@@ -28,12 +28,12 @@ def sweep(storage: JobStorage, queue: JobQueue, settings: ServiceSettings) -> No
             storage.remove(job_id)
     try:
         for job_id in unfinished:
-            _keep_promise(job_id, storage, queue)
+            _keep_promise(job_id, storage, queue, keep_source=settings.keep_originals)
     except QueueUnavailable as error:
         logger.warning("%s", error.detail)
 
 
-def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue) -> None:
+def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue, *, keep_source: bool) -> None:
     """Queue an accepted job that the queue does not know; end one that the queue has given up.
 
     Raises:
@@ -41,10 +41,7 @@ def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue) -> None:
     """
     try:
         if queue.crashed(job_id):
-            error = ImcnetError("The worker died at every attempt.", code="worker_crashed")
-            storage.conclude(
-                job_id, Outcome(status=JobStatus.FAILED, finished_at=utc_now(), error=Problem.of(error))
-            )
+            storage.conclude(job_id, given_up(queue.state(job_id)), keep_source=keep_source)
             queue.forget(job_id)
         else:
             queue.submit(storage.load(job_id))

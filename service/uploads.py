@@ -6,6 +6,7 @@ batch is being written nothing more is read, so that a slow disk slows the clien
 
 import asyncio
 import errno
+import fcntl
 import hashlib
 import os
 import shutil
@@ -160,6 +161,7 @@ class _NewFile:
         self._check_room(wanted_bytes)
         with _full_disk_told():
             self._file = self._path.open("xb")
+        fcntl.flock(self._file, fcntl.LOCK_EX)  # keeps the sweeper away from a slow upload
 
     def write(self, data: bytearray) -> None:
         assert self._file is not None

@@ -50,8 +50,9 @@ class VideoFrame:
 class VideoReader:
     """The frames of an untrusted file, in the order of display. A context manager, to be iterated once.
 
-    ``width`` and ``height`` (pixels as displayed, after rotation) and ``fps`` are known on entry; ``frames``
-    (decoded so far) and ``warnings`` are complete after the iteration. All images have the size of the first
+    ``width`` and ``height`` (pixels as displayed, after rotation), ``fps`` and ``expected_frames`` (the
+    container's claim) are known on entry; ``frames`` (decoded so far) and ``warnings`` are complete after the
+    iteration. All images have the size of the first
     one: later frames of another size are scaled to it, with the warning ``resolution_change``.
     """
 
@@ -59,6 +60,7 @@ class VideoReader:
     height: int
     fps: float | None
     frames: int
+    expected_frames: int | None
 
     def __init__(self, path: Path, limits: MediaLimits, *, max_corrupt_fraction: float) -> None:
         """Args: max_corrupt_fraction: Share of damaged packets above which the video is refused."""
@@ -91,6 +93,7 @@ class VideoReader:
             check_frame_size(self.width, self.height, self._limits)
             self.fps = frame_rate(video.stream)
             self.frames = 0
+            self.expected_frames = self._decoder.claimed_frames()
             self._decoded = chain((first,), decoded)
             self._stack = stack.pop_all()
         return self

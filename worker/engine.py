@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from multiprocessing.connection import Connection, Listener
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 
 
 def main(argument: str) -> int:
+    # Only the greeting goes to the worker; whatever else is printed in this process belongs to the log.
+    greeting = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     config = EngineConfig.model_validate_json(argument)
     die_with_parent(config.parent_pid)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the worker decides
@@ -44,11 +48,12 @@ def main(argument: str) -> int:
     try:
         segmenter, model = _load(config)
     except (ModelError, ValueError, OSError) as error:
-        _tell(EngineRefused(reason=str(error)))
+        _tell(greeting, EngineRefused(reason=str(error)))
         return 2
     _warm_up(segmenter)
     with Listener(str(config.socket), "AF_UNIX") as listener:
-        _tell(EngineReady(device=str(segmenter.device), load_s=time.monotonic() - started, model=model))
+        load_s = time.monotonic() - started
+        _tell(greeting, EngineReady(device=str(segmenter.device), load_s=load_s, model=model))
         while True:
             with listener.accept() as connection:
                 _serve(connection, segmenter)
@@ -75,11 +80,10 @@ def _warm_up(segmenter: Segmenter) -> None:
         pass
 
 
-def _tell(message: EngineReady | EngineRefused) -> None:
-    """Say the one line that the worker waits for; later output goes to the log."""
-    sys.stdout.write(message.model_dump_json() + "\n")
-    sys.stdout.flush()
-    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+def _tell(greeting: TextIO, message: EngineReady | EngineRefused) -> None:
+    """Say the one line that the worker waits for."""
+    with greeting:
+        greeting.write(message.model_dump_json() + "\n")
 
 
 def _serve(connection: Connection, segmenter: Segmenter) -> None:

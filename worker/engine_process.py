@@ -151,6 +151,7 @@ class EngineStream:
         self._pending: deque[VideoFrame] = deque()
         self._sender_error: BaseException | None = None
         self._last_activity = time.monotonic()
+        self._decoding = False
         self.decode_s = 0.0
         self.inference_s = 0.0
 
@@ -181,8 +182,11 @@ class EngineStream:
             iterator = iter(frames)
             while True:
                 began = time.monotonic()
+                self._decoding = True
                 frame = next(iterator, None)
-                self.decode_s += time.monotonic() - began
+                self._last_activity = time.monotonic()
+                self._decoding = False
+                self.decode_s += self._last_activity - began
                 if frame is None:
                     break
                 self._pending.append(frame)
@@ -220,7 +224,8 @@ class EngineStream:
                 raise self._sender_error
             if connection.poll(_TICK_SECONDS):
                 return
-            if time.monotonic() - self._last_activity > self._stall_seconds:
+            # While a frame is being decoded the engine may have nothing to do.
+            if not self._decoding and time.monotonic() - self._last_activity > self._stall_seconds:
                 raise EngineFailed(f"The segmentation engine did nothing for {self._stall_seconds:.0f} s.")
 
 

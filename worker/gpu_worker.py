@@ -15,13 +15,16 @@ from uuid import uuid4
 
 from redis import Redis
 from redis.exceptions import RedisError
-from rq import Queue, Worker
+from rq import Queue, Worker, worker_registration
+from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job as RqJob
+from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
+from rq.utils import now
 
 from service.errors import ImcnetError, Misconfigured, QueueUnavailable
-from service.jobs import JobStatus, Outcome, Problem, WorkerInfo, utc_now
+from service.jobs import WorkerInfo, given_up
 from service.processes import die_with_parent
 from service.queue import QUEUE_NAME, JobQueue, connect
 from service.storage import JobStorage
@@ -31,20 +34,26 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
+_MAINTENANCE_SECONDS = 10
+
 
 def run(settings: WorkerSettings) -> int:
     """Work until told to stop.
 
     Returns:
-        The exit code: 0 after SIGTERM or SIGINT, 1 where Redis or the engine was lost and a restart may help.
+        The exit code: 0 after SIGTERM or SIGINT, 1 where Redis was lost and a restart may help.
     Raises:
         Misconfigured: No weights, no such device, no Redis configured, an unusable data directory.
+        EngineFailed: The engine cannot be started; a restart may help.
         QueueUnavailable: Redis cannot be reached.
     """
+    for number in (signal.SIGTERM, signal.SIGINT):  # until RQ takes over; process 1 has no default for them
+        signal.signal(number, _leave)
     url = settings.require_redis_url()
     storage = JobStorage(settings.data_dir)
     try:
         storage.prepare()
+        storage.check_writable()
     except OSError as error:
         raise Misconfigured(
             f"The data directory {settings.data_dir} cannot be used: {error.strerror}."
@@ -64,6 +73,8 @@ def run(settings: WorkerSettings) -> int:
         worker.work(logging_level="WARNING")  # at INFO, RQ tells of its maintenance every few seconds
     finally:
         engine.stop()
+    if worker.engine_error is not None:
+        raise worker.engine_error
     return 0 if worker.told_to_stop else 1
 
 
@@ -96,6 +107,7 @@ class GpuWorker(Worker):
         self._job_queue = queue
         self._engine = engine
         self.log_result_lifespan = False
+        self.engine_error: ImcnetError | None = None
 
     @property
     def told_to_stop(self) -> bool:
@@ -104,11 +116,11 @@ class GpuWorker(Worker):
     # -- a live engine before each job -------------------------------------------------------------------
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        self._engine.ensure_running()  # after a job that killed it, before waiting for the next one
+        self._ensure_engine()  # after a job that killed it, before waiting for the next one
         return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
 
     def execute_job(self, job: RqJob, queue: Queue) -> None:
-        self._engine.ensure_running()
+        self._ensure_engine()
         tasks.workplace = tasks.Workplace(
             settings=self._settings,
             storage=self._storage,
@@ -119,7 +131,23 @@ class GpuWorker(Worker):
         )
         super().execute_job(job, queue)
 
+    def _ensure_engine(self) -> None:
+        try:
+            self._engine.ensure_running()
+        except ImcnetError as error:
+            self.engine_error = error
+            raise StopRequested from error  # anything else RQ would log with a traceback and forget
+
     # -- leases ------------------------------------------------------------------------------------------
+
+    def clean_registries(self) -> None:
+        """As RQ does it, under a lock of seconds: RQ's outlives a killed worker by a quarter of an hour."""
+        if self.connection.set("imcnet:maintenance", self.name, nx=True, ex=_MAINTENANCE_SECONDS):
+            for queue in self.queues:
+                clean_registries(queue, self._exc_handlers)
+                worker_registration.clean_worker_registry(queue)
+                queue.intermediate_queue.cleanup(self, queue)
+        self.last_cleaned_at = now()  # type: ignore[assignment] # RQ declares it as None
 
     def get_heartbeat_ttl(self, job: RqJob, working_time: float = 0.0) -> int:
         return self._settings.lease_seconds
@@ -144,29 +172,35 @@ class GpuWorker(Worker):
             with suppress(ProcessLookupError):
                 os.kill(self.horse_pid, signal.SIGTERM)
 
+    def fork_work_horse(self, job: RqJob, queue: Queue) -> None:
+        super().fork_work_horse(job, queue)
+        if self.told_to_stop:  # meanwhile: there was no horse to tell yet
+            self.handle_warm_shutdown_request()
+
     def setup_work_horse_signals(self) -> None:
         super().setup_work_horse_signals()
         die_with_parent(self.pid)  # without its worker nobody would renew its lease
         signal.signal(signal.SIGTERM, _give_the_job_back)
+        if self.told_to_stop:  # before the fork, or since then, when the worker's handler was still in place
+            tasks.preempted.set()
 
     def teardown(self) -> None:
         self._engine.stop()
-        with suppress(QueueUnavailable):
+        with suppress(QueueUnavailable, RedisError):  # what is not unregistered expires
             self._job_queue.renounce(self.name)
-        super().teardown()
+            super().teardown()
 
     # -- jobs that RQ gives up ---------------------------------------------------------------------------
 
     def handle_job_failure(self, job: RqJob, queue: Queue, *args: Any, **kwargs: Any) -> None:
         """Where no attempt is left, the job gets its outcome; the task itself may have left a better one."""
-        given_up = not job.should_retry
+        no_attempt_left = not job.should_retry
         super().handle_job_failure(job, queue, *args, **kwargs)
-        if given_up:
-            error = ImcnetError("The worker died or failed at every attempt.", code="worker_crashed")
-            outcome = Outcome(status=JobStatus.FAILED, finished_at=utc_now(), error=Problem.of(error))
-            self._storage.conclude(job.id, outcome, keep_source=self._settings.keep_originals)
+        if no_attempt_left:
+            state = None
             with suppress(QueueUnavailable):
-                self._job_queue.forget(job.id)
+                state = self._job_queue.state(job.id)
+            self._storage.conclude(job.id, given_up(state), keep_source=self._settings.keep_originals)
 
     def _info(self) -> WorkerInfo:
         ready = self._engine.ready
@@ -178,6 +212,10 @@ class GpuWorker(Worker):
             load_s=round(ready.load_s, 3),
             model=ready.model,
         )
+
+
+def _leave(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(0)
 
 
 def _give_the_job_back(signum: int, frame: FrameType | None) -> None:

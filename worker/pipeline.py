@@ -24,6 +24,7 @@ def run_job(
     stream: EngineStream,
     model: ModelInfo,
     attempt: int,
+    started_at: datetime,
     report: Callable[[Progress], None],
 ) -> Outcome:
     """Segment ``video`` and leave the artifacts asked for in ``workspace``.
@@ -35,7 +36,7 @@ def run_job(
         EngineFailed: The engine died, hung or reported an error.
         OSError: An artifact cannot be written.
     """
-    started_at, clock = utc_now(), _Clock()
+    clock = _Clock()
     height, width = mask_size(video.height, video.width, record.options.max_side)
     request = StreamRequest(
         height=video.height,

@@ -6,6 +6,7 @@ import threading
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
 from rq import Retry, get_current_job
@@ -17,6 +18,7 @@ from service.errors import (
     JobGone,
     JobNotFound,
     JobTimedOut,
+    Misconfigured,
     QueueUnavailable,
     StorageFull,
 )
@@ -67,16 +69,24 @@ def segment_video(job_id: str) -> Retry | None:
         A ``Retry`` where the worker was told to end meanwhile.
     Raises:
         EngineFailed, QueueUnavailable, OSError: Another attempt may succeed; RQ queues it.
+        Misconfigured: The job is not where this worker looks.
     """
     assert workplace is not None, "the worker sets the workplace before its first fork"
     storage = workplace.storage
-    if storage.settled(job_id):
+    try:
+        settled = storage.settled(job_id)
+    except JobNotFound as error:
+        raise Misconfigured(
+            f"Job {job_id} is not in {storage.root}: is that the API's data directory?"
+        ) from error
+    if settled:
         logger.info("Job %s is settled already", job_id)
         return None
+    started_at = utc_now()
     attempt = workplace.queue.begin_attempt(job_id)
     logger.info("Job %s: attempt %d", job_id, attempt)
     try:
-        _attempt(storage.load(job_id), attempt, workplace)
+        _attempt(storage.load(job_id), attempt, started_at, workplace)
     except _Preempted:
         return Retry(max=_UNLIMITED, enqueue_at_front=True)
     except (_Settled, JobNotFound, JobGone):
@@ -84,13 +94,13 @@ def segment_video(job_id: str) -> Retry | None:
     except ImcnetError as error:
         if isinstance(error, EngineFailed) and _attempts_left():
             raise
-        _fail(job_id, attempt, error)
+        _fail(job_id, attempt, started_at, error)
     with suppress(QueueUnavailable):
         workplace.queue.forget(job_id)
     return None
 
 
-def _attempt(record: JobRecord, attempt: int, at: Workplace) -> None:
+def _attempt(record: JobRecord, attempt: int, started_at: datetime, at: Workplace) -> None:
     watch = _Watch(record.id, at)
     stream = EngineStream(
         socket_path=at.engine_socket,
@@ -108,7 +118,14 @@ def _attempt(record: JobRecord, attempt: int, at: Workplace) -> None:
             ) as video,
         ):
             outcome = run_job(
-                record, video, workspace, stream=stream, model=at.model, attempt=attempt, report=watch.report
+                record,
+                video,
+                workspace,
+                stream=stream,
+                model=at.model,
+                attempt=attempt,
+                started_at=started_at,
+                report=watch.report,
             )
             at.storage.conclude(record.id, outcome, keep_source=at.settings.keep_originals)
     except JobTimeoutException as error:
@@ -122,12 +139,13 @@ def _attempt(record: JobRecord, attempt: int, at: Workplace) -> None:
         raise
 
 
-def _fail(job_id: str, attempt: int, error: ImcnetError) -> None:
+def _fail(job_id: str, attempt: int, started_at: datetime, error: ImcnetError) -> None:
     logger.warning("Job %s failed: %s: %s", job_id, error.code, error.detail)
     assert workplace is not None
     outcome = Outcome(
         status=JobStatus.FAILED,
         attempt=attempt,
+        started_at=started_at,
         finished_at=utc_now(),
         error=Problem.of(error),
         model=workplace.model,

@@ -62,6 +62,10 @@ def main() -> None:
         app()
     except (ImcnetError, ModelError) as error:
         _fail(str(error), code=1 if isinstance(error, QueueUnavailable | EngineFailed) else 2)
+    except OSError as error:  # a folder that cannot be made, a disk that is full
+        if error.filename is None:
+            raise
+        _fail(f"{error.filename}: {error.strerror}", code=2)
     except ModuleNotFoundError as error:
         if error.name not in _EXTRAS:
             raise

@@ -109,7 +109,10 @@ def _open(source: Path) -> Iterator[_Frames]:
         source, settings.media_limits, max_corrupt_fraction=settings.max_corrupt_fraction
     ) as video:
         yield _Frames(
-            images=(frame.image for frame in video), height=video.height, width=video.width, count=None
+            images=(frame.image for frame in video),
+            height=video.height,
+            width=video.width,
+            count=video.expected_frames,
         )
         for warning in video.warnings:
             typer.echo(f"imcnet: warning: {warning.detail}", err=True)

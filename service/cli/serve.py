@@ -14,12 +14,10 @@ import redis
 import typer
 
 from service.cli.settings import read_settings
-from service.errors import Misconfigured
+from service.errors import Misconfigured, QueueUnavailable
 from service.settings import ServiceSettings
 from service.supervisor import Child, Supervisor
 from worker.settings import WorkerSettings
-
-_DRAIN_SECONDS = 10  # for requests that are still being answered when the API is told to end
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [IMCNET_HOST]")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [IMCNET_PORT]")]
@@ -31,27 +29,19 @@ DeviceOption = Annotated[
 
 def serve(host: HostOption = None, port: PortOption = None) -> None:
     """Run the HTTP API."""
-    import uvicorn
-
     from service.app import create_app
+    from service.cli.server import Server
 
     settings = read_settings(ServiceSettings, host=host, port=port)
     configure_logging(settings.log_level)
-    _check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
-    config = uvicorn.Config(
-        create_app(settings),
-        root_path=settings.root_path,  # and not FastAPI's: only the server puts it back before the path
-        log_config=None,
-        log_level=settings.log_level.lower(),
-        timeout_graceful_shutdown=_DRAIN_SECONDS,
-        access_log=settings.log_level == "DEBUG",  # clients poll: at INFO there would be nothing else to see
-    )
+    check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
+    server = Server(create_app(settings), settings)
     with _listen(settings.host, settings.port) as listener:
         url = http_url(settings.host, listener.getsockname()[1])
         typer.echo(f"IMCNet's API listens on {url}, docs on {url}/docs")
         # Having shut down, uvicorn raises the signal that ended it once more.
         with contextlib.suppress(KeyboardInterrupt):
-            uvicorn.Server(config).run(sockets=[listener])
+            server.run(sockets=[listener])
 
 
 def worker(
@@ -69,6 +59,7 @@ def worker(
     if devices is not None:
         names = _all_gpus() if devices == "all" else devices.split(",")
         raise typer.Exit(Supervisor([[_worker_child(name, weights) for name in names]]).run())
+    check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
     from worker import gpu_worker
 
     raise typer.Exit(gpu_worker.run(settings))
@@ -114,20 +105,22 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _check_redis(url: str, *, timeout_seconds: float) -> None:
-    """Raises: Misconfigured: ``url`` is none, or nothing answers there. The message holds no password."""
+def check_redis(url: str, *, timeout_seconds: float) -> None:
+    """Make sure that there is a Redis. The messages hold no password.
+
+    Raises:
+        Misconfigured: ``url`` is no address of a Redis.
+        QueueUnavailable: Nothing answers there.
+    """
     from service.queue import connect
 
-    try:
-        client = connect(url, timeout_seconds=timeout_seconds)
-    except ValueError as error:
-        raise Misconfigured("IMCNET_REDIS_URL must be redis://…, rediss://… or unix://….") from error
+    client = connect(url, timeout_seconds=timeout_seconds)
     try:
         client.ping()
     except redis.RedisError as error:
         parts = urlsplit(url)
         where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
-        raise Misconfigured(f"Redis cannot be reached at {where}; is it running?") from error
+        raise QueueUnavailable(f"Redis cannot be reached at {where}; is it running?") from error
     finally:
         client.close()
 

@@ -17,6 +17,7 @@ from service.cli.serve import (
     HostOption,
     PortOption,
     WeightsOption,
+    check_redis,
     configure_logging,
     http_url,
     imcnet_command,
@@ -41,6 +42,8 @@ def up(
     settings = read_settings(ServiceSettings, host=host, port=port)
     require_weights(read_settings(WorkerSettings, weights=weights, device=device))
     configure_logging(settings.log_level)
+    if settings.redis_url is not None:
+        check_redis(settings.redis_url, timeout_seconds=settings.redis_timeout_seconds)
     api = Api(settings.host, settings.port or free_port(settings.host))
     worker = imcnet_command("worker", *worker_arguments(device=device, weights=weights))
     with contextlib.ExitStack() as stack:

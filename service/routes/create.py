@@ -94,7 +94,7 @@ async def create_job(
     try:
         await run_in_threadpool(services.queue.submit, record)
     except ImcnetError:
-        await run_in_threadpool(storage.discard, record.id)  # no 202 was sent, so nothing was promised
+        await run_in_threadpool(storage.remove, record.id)  # no 202 was sent, so nothing was promised
         raise
     job = await run_in_threadpool(services.job, record.id)
     response.headers.update({"Location": job.links.self, "Retry-After": "1"})

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
+from service.downloads import matches
 from service.errors import JobGone, JobNotFound, QueueUnavailable
 from service.jobs import Job, JobStatus, Outcome, utc_now
 from service.problems import documented
@@ -74,12 +75,13 @@ async def get_job(
         job = await run_in_threadpool(services.job, job_id)
         body = job.model_dump_json().encode()
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
-        changed = known is not None and known != etag
-        if job.status.terminal or changed or asyncio.get_running_loop().time() >= deadline:
+        unchanged = known is not None and matches(known, etag)
+        waited = asyncio.get_running_loop().time() >= deadline or services.stopping.is_set()
+        if job.status.terminal or waited or (known is not None and not unchanged):
             break
         await asyncio.sleep(_POLL_SECONDS)
     headers = {"ETag": etag} | ({} if job.status.terminal else {"Retry-After": "1"})
-    if known == etag:
+    if unchanged:
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
 
@@ -102,12 +104,14 @@ def cancel_job(services: ServicesDep, response: Response, job_id: str) -> Job:
 @router.delete(
     "/jobs/{job_id}",
     status_code=204,
-    responses=documented("job_not_found", "job_gone", "queue_unavailable"),
+    responses=documented("job_not_found", "job_gone"),
 )
 def delete_job(services: ServicesDep, job_id: str) -> None:
-    """Cancel the job if need be, and remove it with all its files."""
-    _settle_as_canceled(services, job_id)
+    """Remove the job with all its files; a worker that is at it lets go within seconds."""
+    services.storage.load(job_id)
     services.storage.remove(job_id)
+    with suppress(QueueUnavailable):  # whoever picks the job up finds it removed
+        services.queue.forget(job_id)
 
 
 def _settle_as_canceled(services: Services, job_id: str) -> bool:

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -189,7 +190,8 @@ def test_unknown_jobs_are_not_found(client: httpx.Client, job_id: str) -> None:
 def test_an_unchanged_job_is_answered_with_304(client: httpx.Client, video: Path) -> None:
     url = post(client, video).headers["location"]
     etag = client.get(url).headers["etag"]
-    assert client.get(url, headers={"if-none-match": etag}).status_code == 304
+    for known in (etag, f"W/{etag}", f'"other", {etag}', "*"):
+        assert client.get(url, headers={"if-none-match": known}).status_code == 304
     assert client.get(url, headers={"if-none-match": '"other"'}).status_code == 200
 
 
@@ -203,6 +205,24 @@ def test_waiting_ends_when_the_job_does(stack: Stack, client: httpx.Client, vide
     assert answer.json()["status"] == "succeeded"
     assert "retry-after" not in answer.headers
     assert_problem(client.get(f"/jobs/{job_id}?wait=31"), 422, "invalid_options")
+
+
+def test_whoever_waits_is_answered_when_the_api_is_told_to_end(stack: Stack, video: Path) -> None:
+    api = stack.start_api()
+    job_id = stack.post(video)["id"]
+    answers: list[httpx.Response] = []
+
+    def wait() -> None:
+        with stack.client as client:
+            answers.append(client.get(f"/jobs/{job_id}?wait=30"))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(1)
+    api.terminate()
+    waiting.join(timeout=8)
+    assert [answer.json()["status"] for answer in answers] == ["queued"]
+    api.wait(timeout=10)
 
 
 def test_jobs_are_listed_in_pages_newest_first(client: httpx.Client, video: Path) -> None:

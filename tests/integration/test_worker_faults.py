@@ -11,6 +11,7 @@ import pytest
 
 from tests.integration.conftest import Stack, eventually
 from tests.videos import moving_square, write_video
+from tests.waiting import wait_until, wait_until_gone
 
 pytestmark = pytest.mark.processes
 
@@ -115,8 +116,9 @@ def test_a_job_that_kills_every_horse_fails_after_its_attempts(working: Stack, v
         eventually(begun, within_seconds=30, what=f"attempt {attempt} begins")
         horse(working).kill()
     job = working.ended(job_id, within_seconds=30)
-    assert job["status"] == "failed"
+    assert (job["status"], job["attempt"]) == ("failed", 3)
     assert job["error"]["code"] == "worker_crashed"
+    assert job["started_at"] is not None
 
 
 def test_sigterm_gives_the_job_back_to_the_queue_and_uses_up_no_attempt(stack: Stack, video: Path) -> None:
@@ -130,6 +132,25 @@ def test_sigterm_gives_the_job_back_to_the_queue_and_uses_up_no_attempt(stack: S
     assert stack.workers() == []
     stack.start_worker(max_attempts=1)
     assert stack.ended(job_id)["status"] == "succeeded"
+
+
+def test_a_worker_that_looks_elsewhere_does_not_leave_a_job_waiting_for_ever(
+    stack: Stack, video: Path, tmp_path: Path
+) -> None:
+    stack.start_api(sweep_interval_seconds=0.2)
+    stack.start_worker(data_dir=tmp_path / "elsewhere")
+    job = stack.ended(stack.post(video)["id"], within_seconds=60)
+    assert (job["status"], job["error"]["code"]) == ("failed", "worker_crashed")
+
+
+def test_sigterm_while_the_model_is_loading_ends_the_worker(stack: Stack) -> None:
+    stack.start_api()
+    worker = stack.start("worker")
+    wait_until(lambda: psutil.Process(worker.pid).children(), timeout_seconds=30)
+    (engine,) = psutil.Process(worker.pid).children()
+    worker.send_signal(signal.SIGTERM)
+    assert worker.wait(timeout=10) == 0
+    wait_until_gone([engine], timeout_seconds=10)
 
 
 def test_a_stopped_worker_leaves_no_process(working: Stack, video: Path) -> None:

@@ -89,7 +89,8 @@ def test_without_a_redis_it_says_which_setting_is_missing(
 
 def test_serve_says_where_it_looked_for_redis_and_keeps_the_password(tmp_path: Path) -> None:
     message = error_of(
-        imcnet("serve", IMCNET_REDIS_URL="redis://:secret@127.0.0.1:1/0", IMCNET_DATA_DIR=str(tmp_path))
+        imcnet("serve", IMCNET_REDIS_URL="redis://:secret@127.0.0.1:1/0", IMCNET_DATA_DIR=str(tmp_path)),
+        code=1,
     )
     assert "127.0.0.1:1" in message
     assert "secret" not in message

@@ -1,8 +1,10 @@
+import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from datetime import timedelta
-from pathlib import Path
+from functools import partial
 
 import pytest
 
@@ -10,13 +12,6 @@ from service.errors import ArtifactNotFound, ArtifactNotReady, JobGone, JobNotFo
 from service.jobs import Artifact, JobRecord, JobStatus, Outcome, utc_now
 from service.storage import JobStorage, new_job_id
 from tests.service.test_jobs import RECORD
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> JobStorage:
-    storage = JobStorage(tmp_path / "data")
-    storage.prepare()
-    return storage
 
 
 def accepted(storage: JobStorage) -> JobRecord:
@@ -137,6 +132,49 @@ def test_a_removed_job_is_gone_and_later_unknown(storage: JobStorage) -> None:
     with pytest.raises(JobNotFound):
         storage.load(record.id)
     assert not [path for path in storage.root.rglob("*") if path.is_file()]
+
+
+def test_a_job_that_never_was_is_not_settled_but_unknown(storage: JobStorage) -> None:
+    with pytest.raises(JobNotFound):
+        storage.settled(new_job_id())
+
+
+def test_ending_and_removing_a_job_at_once_is_no_error(storage: JobStorage) -> None:
+    for _ in range(50):
+        record = accepted(storage)
+        barrier = threading.Barrier(3)
+        errors: list[BaseException] = []
+        calls = [
+            partial(storage.conclude, record.id, canceled()),
+            partial(storage.remove, record.id),
+            partial(storage.remove, record.id),
+        ]
+
+        def run(call: Callable[[], object], barrier: threading.Barrier, errors: list[BaseException]) -> None:
+            barrier.wait()
+            try:
+                call()
+            except BaseException as error:  # a thread's own would be lost
+                errors.append(error)
+
+        threads = [threading.Thread(target=run, args=(call, barrier, errors)) for call in calls]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert errors == []
+        assert storage.settled(record.id)
+
+
+def test_an_upload_that_is_still_being_received_is_not_swept_however_slow(storage: JobStorage) -> None:
+    slow = storage.new_upload()
+    with slow.open("wb") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        os.utime(slow, (0, 0))
+        storage.sweep_leftovers(upload_idle_seconds=60, tombstone_seconds=60)
+        assert slow.exists()
+    storage.sweep_leftovers(upload_idle_seconds=60, tombstone_seconds=60)
+    assert not slow.exists()
 
 
 def test_left_over_uploads_are_swept_once_they_are_old(storage: JobStorage) -> None:

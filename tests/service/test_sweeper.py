@@ -1,5 +1,4 @@
 from datetime import timedelta
-from pathlib import Path
 
 import pytest
 from redis import Redis
@@ -15,13 +14,6 @@ from service.sweeper import sweep
 from tests.service.test_jobs import RECORD
 
 SETTINGS = ServiceSettings(retention_seconds=3600)
-
-
-@pytest.fixture
-def storage(tmp_path: Path) -> JobStorage:
-    storage = JobStorage(tmp_path)
-    storage.prepare()
-    return storage
 
 
 @pytest.fixture

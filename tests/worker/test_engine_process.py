@@ -130,6 +130,15 @@ def test_a_hanging_engine_is_killed(engine: EngineProcess) -> None:
     assert engine.pid != pid
 
 
+def test_a_slow_decoder_is_not_taken_for_a_hanging_engine(engine: EngineProcess) -> None:
+    def slow() -> Iterator[VideoFrame]:
+        for frame in frames(2):
+            time.sleep(2)
+            yield frame
+
+    assert len(list(stream(engine, stall_seconds=1).segment(slow(), REQUEST))) == 2
+
+
 def test_frames_of_another_size_than_announced_end_the_engine(engine: EngineProcess) -> None:
     wrong = REQUEST.model_copy(update={"height": 41})
     with pytest.raises(EngineFailed):
