@@ -10,7 +10,6 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service import page, problems, routes
-from service.errors import Misconfigured
 from service.queue import JobQueue, connect
 from service.services import Services
 from service.settings import ServiceSettings
@@ -56,13 +55,7 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 def build_services(settings: ServiceSettings) -> Services:
     """Raises: Misconfigured: No Redis is configured, or the data directory cannot be written."""
     storage = JobStorage(settings.data_dir)
-    try:
-        storage.prepare()
-        storage.check_writable()
-    except OSError as error:
-        raise Misconfigured(
-            f"The data directory {settings.data_dir} cannot be used: {error.strerror}."
-        ) from error
+    storage.prepare()
     queue = JobQueue(
         connect(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds),
         job_timeout_seconds=settings.job_timeout_seconds,

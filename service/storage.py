@@ -26,7 +26,14 @@ from uuid import uuid4
 
 from uuid_utils.compat import uuid7
 
-from service.errors import ArtifactNotFound, ArtifactNotReady, JobGone, JobNotFound, StorageFull
+from service.errors import (
+    ArtifactNotFound,
+    ArtifactNotReady,
+    JobGone,
+    JobNotFound,
+    Misconfigured,
+    StorageFull,
+)
 from service.jobs import Artifact, JobRecord, JobStatus, Outcome
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
@@ -51,10 +58,15 @@ class JobStorage:
         """Create the directories.
 
         Raises:
-            OSError: They cannot be created or written.
+            Misconfigured: They cannot be created or written.
         """
-        for directory in (self.uploads, self._jobs, self._tombstones, self._trash):
-            directory.mkdir(parents=True, exist_ok=True)
+        try:
+            for directory in (self.uploads, self._jobs, self._tombstones, self._trash):
+                directory.mkdir(parents=True, exist_ok=True)
+            self.check_writable()
+        except OSError as error:
+            reason = f"The data directory {self.root} cannot be used: {error.strerror}."
+            raise Misconfigured(reason) from error
 
     def check_writable(self) -> None:
         """Raises: OSError: A file can be neither created nor synced."""

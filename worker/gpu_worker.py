@@ -23,7 +23,7 @@ from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from service.errors import ImcnetError, Misconfigured, QueueUnavailable
+from service.errors import ImcnetError, QueueUnavailable
 from service.jobs import WorkerInfo, given_up
 from service.processes import die_with_parent
 from service.queue import QUEUE_NAME, JobQueue, connect
@@ -51,13 +51,7 @@ def run(settings: WorkerSettings) -> int:
         signal.signal(number, _leave)
     url = settings.require_redis_url()
     storage = JobStorage(settings.data_dir)
-    try:
-        storage.prepare()
-        storage.check_writable()
-    except OSError as error:
-        raise Misconfigured(
-            f"The data directory {settings.data_dir} cannot be used: {error.strerror}."
-        ) from error
+    storage.prepare()
     queue = JobQueue(
         connect(url, timeout_seconds=settings.redis_timeout_seconds),
         job_timeout_seconds=settings.job_timeout_seconds,

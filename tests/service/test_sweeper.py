@@ -9,9 +9,9 @@ from rq.serializers import JSONSerializer
 from service.jobs import JobRecord, JobStatus, Outcome, utc_now
 from service.queue import JobQueue, connect
 from service.settings import ServiceSettings
-from service.storage import JobStorage, new_job_id
+from service.storage import JobStorage
 from service.sweeper import sweep
-from tests.service.test_jobs import RECORD
+from tests.service.test_storage import accepted
 
 SETTINGS = ServiceSettings(retention_seconds=3600)
 
@@ -19,14 +19,6 @@ SETTINGS = ServiceSettings(retention_seconds=3600)
 @pytest.fixture
 def queue(redis: Redis) -> JobQueue:
     return JobQueue(redis)
-
-
-def accepted(storage: JobStorage) -> JobRecord:
-    upload = storage.new_upload()
-    upload.write_bytes(b"video")
-    record = RECORD.model_copy(update={"id": new_job_id()})
-    storage.accept(record, upload)
-    return record
 
 
 def ended(storage: JobStorage, *, hours_ago: float) -> JobRecord:
