@@ -38,8 +38,9 @@ def refusal(
     return caught.value
 
 
-def no_children() -> bool:
-    return not psutil.Process().children(recursive=True)
+def no_probe_runs() -> bool:
+    """A Redis of the tests may be another child of this process."""
+    return not [c for c in psutil.Process().children(recursive=True) if "service.probe" in c.cmdline()]
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_a_video_is_described(video: Path) -> None:
         container="mov,mp4,m4a,3gp,3g2,mj2",
         codec="h264",
     )
-    assert no_children()
+    assert no_probe_runs()
 
 
 def test_the_size_is_told_as_displayed(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_claims_are_held_against_the_limits(video: Path, limits: dict[str, int],
 
 def test_a_probe_that_takes_too_long_is_killed(video: Path) -> None:
     assert refusal(video, timeout_seconds=0.02).code == "resource_limit"
-    assert no_children()
+    assert no_probe_runs()
 
 
 def test_a_probe_that_wants_too_much_memory_ends(tmp_path: Path) -> None:
@@ -152,7 +153,7 @@ def test_cancelling_leaves_no_child_behind(video: Path) -> None:
 
     for delay_seconds in (0.0, 0.01, 0.05):
         asyncio.run(cancel_after(delay_seconds))
-        assert no_children()
+        assert no_probe_runs()
 
 
 def test_probes_run_beside_each_other_and_the_loop(video: Path) -> None:
