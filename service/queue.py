@@ -159,7 +159,7 @@ class JobQueue:
         key = _PROGRESS.format(job_id)
         with _translated(), self._redis.pipeline() as pipeline:
             pipeline.hincrby(key, "attempt", 1)
-            pipeline.hsetnx(key, "started_at", utc_now().isoformat())
+            pipeline.hset(key, "started_at", utc_now().isoformat())  # as in the outcome: the attempt's own
             pipeline.hdel(key, "progress")
             pipeline.expire(key, 2 * self._job_timeout_seconds)
             return int(pipeline.execute()[0])

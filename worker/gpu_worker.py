@@ -154,9 +154,8 @@ class GpuWorker(Worker):
     def maintain_heartbeats(self, job: RqJob, execution: Execution) -> None:
         try:
             super().maintain_heartbeats(job, execution)
-        except (
-            RedisError
-        ) as error:  # RQ would end the worker, and with it a job that needs no Redis to finish
+        except RedisError as error:
+            # RQ would end the worker, and with it a job that needs no Redis to finish.
             logger.warning("No heartbeat: Redis does not answer (%s)", type(error).__name__)
 
     # -- stopping ----------------------------------------------------------------------------------------
