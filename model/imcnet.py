@@ -4,12 +4,13 @@ Xi, Chen, Wu, Liu and Li, IEEE TCSVT 2022 (arXiv 2204.02791), in the variant tha
 Equation numbers are the paper's. Shapes: B windows or images, T frames a window, H x W the
 input size, C = 64 decoder channels; h x w is the size of the map at hand.
 
-Read from the top: the network, then its parts in the order in which a window runs through them.
+Read from the top: the network, then its parts in the order in which a window runs through them. The
+networks of the paper's ablations differ in single parts, which stand in ``model.variants``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -20,9 +21,10 @@ from model.layers import Residual, conv1x1, conv3x3, enlarge, pool, resize
 
 CHANNELS = 64
 KEY_CHANNELS = 64
-ALIGNMENT_STAGES = 4
 OFFSET_GROUPS = 8
 SIZE_MULTIPLE = 32
+
+Variant = Literal["full", "no_acm", "no_key_encoder", "fpn", "regular_conv", "no_tsc"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class IMCNetConfig:
     Args:
         num_frames: Frames a window, 3, 5 or 7.
         frame_stride: Distance between neighbouring frames of a window, in frames of the video.
+        variant: Which part is missing or replaced; see ``model.variants.build_network``.
+        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 1 to 5.
 
     Raises:
         ValueError: A value is not one of those allowed.
@@ -40,6 +44,8 @@ class IMCNetConfig:
     backbone: BackboneName = "resnet101"
     num_frames: int = 3
     frame_stride: int = 4
+    variant: Variant = "full"
+    alignment_stages: int = 4
 
     def __post_init__(self) -> None:
         backbones = get_args(BackboneName)
@@ -49,6 +55,13 @@ class IMCNetConfig:
             raise ValueError(f"num_frames must be 3, 5 or 7, got {self.num_frames!r}")
         if not isinstance(self.frame_stride, int) or self.frame_stride < 1:
             raise ValueError(f"frame_stride must be an integer of at least 1, got {self.frame_stride!r}")
+        variants = get_args(Variant)
+        if self.variant not in variants:
+            raise ValueError(f"variant must be one of {', '.join(variants)}, got {self.variant!r}")
+        if not isinstance(self.alignment_stages, int) or not 1 <= self.alignment_stages <= 5:
+            raise ValueError(
+                f"alignment_stages must be an integer from 1 to 5, got {self.alignment_stages!r}"
+            )
 
 
 @dataclass(frozen=True)
@@ -57,7 +70,7 @@ class FrameFeatures:
 
     Args:
         pyramid: Backbone maps V2 to V5.
-        key: Key of the affinity, ``(B, 64, H/32, W/32)``.
+        key: Key of the affinity, ``(B, 64, H/32, W/32)``; V5 itself in a variant without key encoder.
     """
 
     pyramid: Pyramid
@@ -84,17 +97,22 @@ class IMCNet(nn.Module):
 
     The parts stand in the order of the paper: feature extraction (FEM), affinity computing (ACM),
     attention propagation (APM), and motion compensation (MCM) with alignment, compensation and head.
+
+    Raises:
+        ValueError: ``config`` is that of a variant, which ``model.variants.build_network`` builds.
     """
 
     def __init__(self, config: IMCNetConfig | None = None) -> None:
         super().__init__()
         self.config = config or IMCNetConfig()
+        if self.config.variant != "full":
+            raise ValueError(f"IMCNet is the full network; build_network builds {self.config.variant!r}")
         num_frames = self.config.num_frames
         self.backbone = ResNetPyramid(self.config.backbone)
         self.key_encoder = conv3x3(self.backbone.channels[-1], KEY_CHANNELS)
-        self.affinity = Affinity(num_frames)
+        self.affinity = Affinity(num_frames * KEY_CHANNELS)
         self.propagation = AttentionPropagation(self.backbone.channels)
-        self.alignment = CascadedAlignment()
+        self.alignment = CascadedAlignment(self.config.alignment_stages)
         self.compensation = Compensation(num_frames)
         self.segmentation = SegmentationHead()
 
@@ -208,12 +226,15 @@ class Affinity(nn.Module):
 
     One factorised affinity matrix serves the whole window: W of Eq. 2 is the product of ``left`` (P)
     and ``right`` (Q).
+
+    Args:
+        channels: Of the keys of all frames of a window together, T * C_k.
     """
 
-    def __init__(self, num_frames: int) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
-        self.left = conv1x1(num_frames * KEY_CHANNELS, num_frames * KEY_CHANNELS)
-        self.right = conv1x1(num_frames * KEY_CHANNELS, num_frames * KEY_CHANNELS)
+        self.left = conv1x1(channels, channels)
+        self.right = conv1x1(channels, channels)
 
     def weights(self, keys: Tensor) -> Tensor:
         """Compute the normalised affinity S^r (Eq. 1-4).
@@ -334,9 +355,9 @@ class PropagationLevel(nn.Module):
 class CascadedAlignment(nn.Module):
     """Align the neighbours to the centre frame, stage by stage (Eq. 8-10)."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_stages: int) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(AlignmentStage() for _ in range(ALIGNMENT_STAGES))
+        self.stages = nn.ModuleList(AlignmentStage() for _ in range(num_stages))
 
     def forward(self, frames: Tensor) -> Tensor:
         """Replace every frame but the centre of ``frames``, ``(B, T, C, h, w)``, by its aligned self."""

@@ -1,4 +1,4 @@
-"""From frames to the network's input, and from its probabilities to masks."""
+"""From frames to the network's input, and from its probabilities to those of the frame's own pixels."""
 
 import numpy as np
 import torch
@@ -34,16 +34,6 @@ def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     return (images.to(dtype) / 255 - mean) / std
 
 
-def probability_to_mask(probability: Tensor, size: tuple[int, int], threshold: float) -> Tensor:
-    """Bring probabilities to ``size`` and cut them.
-
-    Args:
-        probability: ``(B, 1, h, w)`` in [0, 1].
-        size: Height and width of the masks.
-        threshold: A probability of at least this is foreground.
-
-    Returns:
-        ``(B, H, W)`` bool.
-    """
-    upsampled = functional.interpolate(probability, size, mode="bilinear", align_corners=False)
-    return upsampled.squeeze(1) >= threshold
+def resize_probability(probability: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bring probabilities, ``(B, 1, h, w)`` in [0, 1], to ``size``, height and width: ``(B, 1, H, W)``."""
+    return functional.interpolate(probability, size, mode="bilinear", align_corners=False)

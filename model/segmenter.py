@@ -1,6 +1,7 @@
 """Frames in, masks out: IMCNet on a stream of any length."""
 
 from collections.abc import Iterable, Iterator
+from functools import reduce
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -8,10 +9,12 @@ from typing import Self
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from model.errors import DeviceError
 from model.imcnet import SIZE_MULTIPLE, FrameFeatures, IMCNet, foreground_probability
-from model.preprocess import normalise, probability_to_mask, resize_frame
+from model.preprocess import normalise, resize_frame, resize_probability
+from model.views import Quality, View, views_of
 from model.weights import load_weights
 from model.windows import WindowLayout
 
@@ -43,16 +46,19 @@ class Segmenter:
         self._dtype = next(network.parameters()).dtype
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto", input_size: int = 480) -> Self:
+    def load(cls, path: Path | str, *, device: str = "auto", input_size: int | None = None) -> Self:
         """Load a weights file.
+
+        Args:
+            input_size: By default the one that the weights were made for.
 
         Raises:
             WeightsError: The file cannot be used.
             DeviceError: The device is not there.
             ValueError: ``input_size`` is not a positive multiple of 32.
         """
-        network, _ = load_weights(path)
-        return cls(network, device=device, input_size=input_size)
+        network, info = load_weights(path)
+        return cls(network, device=device, input_size=input_size or info.input_size)
 
     def segment(
         self,
@@ -62,13 +68,16 @@ class Segmenter:
         output_size: tuple[int, int] | None = None,
         start: int = 0,
         stop: int | None = None,
+        quality: Quality = "exact",
     ) -> Iterator[Mask]:
         """Segment a stream, one mask a frame, in order, as the frames come.
 
         ``frames[start:stop]`` are segmented; the others serve as their context. So a part of a video gets
         exactly the masks that it has within the whole, given ``layout.margin`` frames on each side.
         Never more than ``layout.margin`` frames are read ahead of a mask, and never the features of more
-        than ``2 * layout.margin + 1`` frames are held.
+        than ``2 * layout.margin + 1`` frames are held, once a view. At an input size of 480, in float32, one
+        view of a frame takes 28 MB with resnet101 and 7 MB with resnet18; the nine of ``multi_scale`` take
+        11.7 times as much, and as much more time.
 
         Args:
             frames: RGB, ``(H, W, 3)`` uint8, all of one size. A buffer may be used again for the next frame.
@@ -77,6 +86,8 @@ class Segmenter:
             start: First frame to segment.
             stop: Frame to stop before; by default the end of the stream. If the stream ends earlier, so do
                 the masks.
+            quality: How often each frame is looked at, and how, see ``model.views``. What is compared with
+                the threshold is the mean of the views' probabilities, each brought to the masks' size.
 
         Yields:
             ``(H, W)`` bool.
@@ -91,18 +102,20 @@ class Segmenter:
             raise ValueError(f"output_size must be positive, got {output_size}")
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
-        return self._masks(frames, threshold, output_size, start, stop)
+        views = views_of(quality, self.input_size)
+        return self._masks(frames, views, threshold, output_size, start, stop)
 
     def _masks(
         self,
         frames: Iterable[Frame],
+        views: tuple[View, ...],
         threshold: float,
         output_size: tuple[int, int] | None,
         start: int,
         stop: int | None,
     ) -> Iterator[Mask]:
         stream = iter(frames)
-        held: dict[int, FrameFeatures] = {}
+        held: dict[int, dict[View, FrameFeatures]] = {}
         shape: tuple[int, int, int] | None = None
         first = self.layout.first_needed(start)
         center, count = start, 0
@@ -110,26 +123,38 @@ class Segmenter:
             for frame in islice(stream, self.layout.last_needed(center) + 1 - count):
                 shape = _checked_shape(frame, index=count, expected=shape)
                 if count >= first:  # what lies before serves no window of the span
-                    held[count] = self._encode(frame)
+                    held[count] = {view: self._encode(frame, view) for view in views}
                 count += 1
             if shape is None or center >= count:
                 return
             window = self.layout.indices(center, last=count - 1)
-            mask = self._decode([held[index] for index in window], output_size or shape[:2], threshold)
+            mask = self._decode([held[index] for index in window], views, output_size or shape[:2], threshold)
             center += 1
             held.pop(self.layout.first_needed(center) - 1, None)
             yield mask
 
     @torch.inference_mode()
-    def _encode(self, frame: Frame) -> FrameFeatures:
-        image = resize_frame(frame, self.input_size).to(self.device)
+    def _encode(self, frame: Frame, view: View) -> FrameFeatures:
+        image = resize_frame(frame, view.size).to(self.device).flip(view.mirrored)
         return self.network.encode_frame(normalise(image, self._dtype).unsqueeze(0))
 
     @torch.inference_mode()
-    def _decode(self, window: list[FrameFeatures], size: tuple[int, int], threshold: float) -> Mask:
-        probability = foreground_probability(self.network.decode_window(window))
-        mask: Mask = probability_to_mask(probability, size, threshold).squeeze(0).cpu().numpy()
+    def _decode(
+        self,
+        window: list[dict[View, FrameFeatures]],
+        views: tuple[View, ...],
+        size: tuple[int, int],
+        threshold: float,
+    ) -> Mask:
+        probabilities = (self._probability([frame[view] for frame in window], view, size) for view in views)
+        mean = reduce(torch.add, probabilities) / len(views)
+        mask: Mask = (mean >= threshold)[0, 0].cpu().numpy()
         return mask
+
+    def _probability(self, window: list[FrameFeatures], view: View, size: tuple[int, int]) -> Tensor:
+        """The foreground in one view, turned back and brought to ``size``: ``(1, 1, H, W)`` in [0, 1]."""
+        probability = foreground_probability(self.network.decode_window(window))
+        return resize_probability(probability.flip(view.mirrored), size)
 
 
 def resolve_device(name: str) -> torch.device:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from model.checkpoints import infer_backbone, infer_num_frames, read_checkpoint, release_name
 from model.errors import WeightsError
-from model.imcnet import IMCNet, IMCNetConfig
+from model.imcnet import SIZE_MULTIPLE, IMCNet, IMCNetConfig
+from model.variants import build_network
 
 FORMAT_VERSION = 1
 # One key: safetensors writes several in random order, and equal weights should make equal files.
@@ -35,6 +36,7 @@ class WeightsInfo:
         trained: False for random weights, whose masks mean nothing.
         provenance: How and on what the weights were trained, or where they come from.
         licence: Terms of the weights, as an SPDX identifier where there is one.
+        input_size: Height and width that frames are to be resized to, as in training.
         format_version: Version of the file format.
     """
 
@@ -43,6 +45,7 @@ class WeightsInfo:
     trained: bool
     provenance: str
     licence: str
+    input_size: int = 480
     format_version: int = FORMAT_VERSION
 
 
@@ -95,27 +98,48 @@ def _parse_info(text: str) -> WeightsInfo:
         raise ValueError(f"expected format version {FORMAT_VERSION}, got {version!r}")
     if not isinstance(fields["trained"], bool):
         raise ValueError(f"trained must be true or false, got {fields['trained']!r}")
+    size = fields.get("input_size", WeightsInfo.input_size)
+    if not isinstance(size, int) or size < SIZE_MULTIPLE or size % SIZE_MULTIPLE:
+        raise ValueError(f"input_size must be a multiple of {SIZE_MULTIPLE}, got {size!r}")
     return WeightsInfo(**{**fields, "config": IMCNetConfig(**fields["config"])})
 
 
-def save_weights(path: Path | str, network: IMCNet, info: WeightsInfo) -> None:
-    """Write a weights file, whole or not at all, in the types that the network's tensors have.
+def save_weights(
+    path: Path | str, network: IMCNet, info: WeightsInfo, *, dtype: torch.dtype | None = None
+) -> None:
+    """Write a weights file, whole or not at all.
 
     The same weights and information make the same bytes.
 
+    Args:
+        dtype: Type that floating tensors are rounded to; by default each keeps its own. Integers always do.
+
     Raises:
-        ValueError: ``info`` describes another network.
-        WeightsError: The file cannot be written.
+        ValueError: ``info`` describes another network, or ``dtype`` is not a floating type.
+        WeightsError: A value is too large for ``dtype``, or the file cannot be written.
     """
     if info.config != network.config:
         raise ValueError(f"info describes {info.config}, but the network is {network.config}")
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating type, got {dtype}")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
+    if dtype is not None:
+        tensors = {name: _rounded(path, name, tensor, dtype) for name, tensor in tensors.items()}
     metadata = {_METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
     try:
         # Not safetensors' own writer: its files can be read by their owner only, whatever the umask.
         _replace(Path(path), save(tensors, metadata))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {error}") from error
+
+
+def _rounded(path: Path | str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    rounded = tensor.to(dtype)
+    if (lost := tensor.isfinite() & ~rounded.isfinite()).any():
+        raise WeightsError(f"{path}: {name} holds {tensor[lost][0]:g}, too large for {dtype}")
+    return rounded
 
 
 def _replace(path: Path, data: bytes) -> None:
@@ -135,7 +159,7 @@ def init_weights(path: Path | str, config: IMCNetConfig, seed: int) -> WeightsIn
     """
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = IMCNet(config)
+        network = build_network(config)
     info = WeightsInfo(
         name=f"imcnet-{config.backbone}-untrained",
         config=config,
@@ -194,11 +218,12 @@ def _assemble(
 ) -> IMCNet:
     """Build the network from exactly the tensors in ``stored``, copied to the types that it has itself."""
     with torch.device("meta"):
-        network = IMCNet(config)
+        network = build_network(config)
     expected = {stored_name(name): tensor for name, tensor in network.state_dict().items()}
     if problems := _differences(expected, stored):
         raise WeightsError(
-            f"{path}: not the weights of {config.backbone} with {config.num_frames} frames a window: "
+            f"{path}: not the weights of {config.backbone}, variant {config.variant}, with "
+            f"{config.num_frames} frames a window and {config.alignment_stages} alignment stages: "
             + "; ".join(problems)
         )
     state = {

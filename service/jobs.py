@@ -46,6 +46,9 @@ class ArtifactKind(StrEnum):
     OVERLAY = "overlay"
 
 
+Quality = Literal["exact", "multi_scale"]
+
+
 def _each_once(kinds: tuple[ArtifactKind, ...]) -> tuple[ArtifactKind, ...]:
     return tuple(kind for kind in ArtifactKind if kind in kinds)
 
@@ -59,6 +62,11 @@ class JobOptions(_Model):
     max_side: Annotated[int, Field(ge=16, le=8192)] | None = Field(
         default=None,
         description="Longest side of the masks in pixels; larger ones are scaled down. Default: no limit.",
+    )
+    quality: Quality = Field(
+        default="exact",
+        description="`exact`: one look at each frame. `multi_scale`: the mean of nine, at three sizes and "
+        "mirrored, which takes about twelve times as long.",
     )
     artifacts: Annotated[
         tuple[ArtifactKind, ...], Field(min_length=1, max_length=16), AfterValidator(_each_once)

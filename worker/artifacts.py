@@ -57,7 +57,7 @@ class MaskArchive:
         self._manifest: dict[str, Any] = {
             "version": 1,
             "model": model.model_dump(),
-            "options": options.model_dump(mode="json", include={"threshold", "max_side"}),
+            "options": options.model_dump(mode="json", include={"threshold", "max_side", "quality"}),
             "fps": fps,
         }
 

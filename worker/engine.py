@@ -25,6 +25,7 @@ from service.processes import die_with_parent
 from worker.protocol import (
     DONE,
     FAILURE,
+    TAKEN,
     EngineConfig,
     EngineReady,
     EngineRefused,
@@ -63,7 +64,7 @@ def _load(config: EngineConfig) -> tuple[Segmenter, ModelInfo]:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     network, info = load_weights(config.weights, sha256=config.weights_sha256)
-    segmenter = Segmenter(network, device=config.device, input_size=config.input_size)
+    segmenter = Segmenter(network, device=config.device, input_size=config.input_size or info.input_size)
     model = ModelInfo(
         name=info.name,
         backbone=info.config.backbone,
@@ -107,6 +108,7 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
         while True:
             began = time.monotonic()
             message = connection.recv_bytes()
+            connection.send_bytes(TAKEN)  # small frames wait in the socket: their sender cannot see it
             waited += time.monotonic() - began
             if not message:
                 return
@@ -114,7 +116,10 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
 
     started = time.monotonic()
     masks = segmenter.segment(
-        frames(), threshold=request.threshold, output_size=(request.mask_height, request.mask_width)
+        frames(),
+        threshold=request.threshold,
+        output_size=(request.mask_height, request.mask_width),
+        quality=request.quality,
     )
     for mask in masks:
         began = time.monotonic()

@@ -25,6 +25,7 @@ from worker.decode import VideoFrame
 from worker.protocol import (
     DONE,
     MASK,
+    TAKEN,
     EngineConfig,
     EngineReady,
     EngineRefused,
@@ -86,13 +87,11 @@ class EngineProcess:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _start(self) -> None:
-        if self._settings.weights is None:
-            raise Misconfigured("No weights are configured: set IMCNET_WEIGHTS to a weights file.")
         self.socket.unlink(missing_ok=True)
         config = EngineConfig(
             socket=self.socket,
             parent_pid=os.getpid(),
-            weights=self._settings.weights,
+            weights=self._settings.weights_file,
             weights_sha256=self._settings.weights_sha256,
             device=self._settings.device,
             input_size=self._settings.input_size,
@@ -212,7 +211,7 @@ class EngineStream:
             elif kind == DONE:
                 self.inference_s = StreamDone.model_validate_json(body).inference_s
                 return
-            else:
+            elif kind != TAKEN:
                 logger.error("The engine failed: %s", body.decode(errors="replace"))
                 raise EngineFailed("The segmentation engine failed on this video.")
 

@@ -44,6 +44,7 @@ def run_job(
         mask_height=height,
         mask_width=width,
         threshold=record.options.threshold,
+        quality=record.options.quality,
     )
     found_any = False
     with ExitStack() as stack:

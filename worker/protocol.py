@@ -1,8 +1,9 @@
 """What worker, horse and engine say to each other over the engine's private socket. No torch in here.
 
 One connection is one stream. The horse sends a :class:`StreamRequest` as JSON, then one message per frame
-(its raw bytes), then an empty message. The engine answers with messages of a one-byte kind and a body: a mask
-per frame, in order, and at the end :class:`StreamDone`; or a failure, after which it ends.
+(its raw bytes), then an empty message. The engine answers with messages of a one-byte kind and a body: a sign
+for every message that it takes, a mask per frame, in order, and at the end :class:`StreamDone`; or a failure,
+after which it ends.
 """
 
 from pathlib import Path
@@ -11,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from service.jobs import ModelInfo
+from service.jobs import ModelInfo, Quality
 
-MASK, DONE, FAILURE = b"m", b"d", b"f"
+TAKEN, MASK, DONE, FAILURE = b"t", b"m", b"d", b"f"
 
 Frame = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -31,7 +32,7 @@ class EngineConfig(_Message):
     weights: Path
     weights_sha256: str | None
     device: str
-    input_size: int
+    input_size: int | None  # None: the one that the weights were made for
     cpu_threads: int
 
 
@@ -57,6 +58,7 @@ class StreamRequest(_Message):
     mask_height: int
     mask_width: int
     threshold: float
+    quality: Quality
 
     def parse_frame(self, message: bytes) -> Frame:
         """``(height, width, 3)`` uint8. Raises: ValueError: The message has another size."""

@@ -7,14 +7,25 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 from service.settings import SharedSettings
 
 
+# The packages lie side by side, in a checkout as in site-packages.
+_SHIPPED_WEIGHTS = (
+    Path(__file__).resolve().parent.parent / "model" / "weights" / "imcnet-resnet18.safetensors"
+)
+
+
 class WorkerSettings(SharedSettings):
-    weights: Path | None = Field(default=None, description="Weights file of the network.")
+    weights: Path | None = Field(
+        default=None, description="Weights file of the network; by default the one that ships."
+    )
     weights_sha256: str | None = Field(
         default=None, pattern=r"^[0-9a-f]{64}$", description="Refuse a weights file with another hash."
     )
     device: str = Field(default="auto", description="`auto`, `cpu`, `cuda` or `cuda:N`; only `auto` chooses.")
-    input_size: int = Field(
-        default=480, gt=0, multiple_of=32, description="Side of the square that frames are resized to."
+    input_size: int | None = Field(
+        default=None,
+        gt=0,
+        multiple_of=32,
+        description="Side of the square that frames are resized to; by default the one the weights were made for.",
     )
     cpu_threads: NonNegativeInt = Field(
         default=0, description="Threads of the network on a CPU; 0: all cores."
@@ -26,3 +37,7 @@ class WorkerSettings(SharedSettings):
         default=120,
         description="An engine that neither takes a frame nor returns a mask for this long is killed.",
     )
+
+    @property
+    def weights_file(self) -> Path:
+        return self.weights or _SHIPPED_WEIGHTS

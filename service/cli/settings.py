@@ -26,12 +26,14 @@ def read_settings(kind: type[SettingsT], **given: object) -> SettingsT:
 
 
 def require_weights(settings: WorkerSettings) -> Path:
-    """Raises: Misconfigured: No weights are configured, or the file is not there."""
-    if settings.weights is None:
-        raise Misconfigured("No weights are configured: give --weights FILE or set IMCNET_WEIGHTS.")
-    if not settings.weights.is_file():
-        raise Misconfigured(f"There is no weights file {settings.weights}.")
-    return settings.weights
+    """The weights file to use.
+
+    Raises:
+        Misconfigured: It is not there.
+    """
+    if not settings.weights_file.is_file():
+        raise Misconfigured(f"There is no weights file {settings.weights_file}.")
+    return settings.weights_file
 
 
 def _variable(name: str) -> str:

@@ -11,6 +11,7 @@ from service.errors import Misconfigured
 
 if TYPE_CHECKING:
     from model.backbone import BackboneName
+    from model.imcnet import Variant
 
 app = typer.Typer(no_args_is_help=True, help="Make, translate and look at weights files.")
 
@@ -26,6 +27,10 @@ def init(
     ] = "resnet101",
     num_frames: Annotated[int, typer.Option(help="Frames in a window: 3, 5 or 7.")] = 3,
     frame_stride: StrideOption = 4,
+    variant: Annotated[
+        str, typer.Option(help="full, or an ablation: no_acm, no_key_encoder, fpn, regular_conv or no_tsc.")
+    ] = "full",
+    alignment_stages: Annotated[int, typer.Option(help="Stages of the alignment: 1 to 5.")] = 4,
     seed: Annotated[int, typer.Option(help="The same seed makes the same file.")] = 0,
 ) -> None:
     """Write random, untrained weights: for trying things out, not for masks."""
@@ -34,7 +39,13 @@ def init(
 
     _refuse_to_overwrite(out)
     try:
-        config = IMCNetConfig(cast("BackboneName", backbone), num_frames, frame_stride)
+        config = IMCNetConfig(
+            cast("BackboneName", backbone),
+            num_frames,
+            frame_stride,
+            cast("Variant", variant),
+            alignment_stages,
+        )
     except ValueError as error:
         raise Misconfigured(str(error)) from error
     init_weights(out, config, seed)

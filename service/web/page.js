@@ -64,6 +64,7 @@ function choose(file) {
 function send() {
   const form = new FormData();
   form.append("threshold", $("threshold").value);
+  form.append("quality", $("quality").value);
   if ($("max-side").value) form.append("max_side", $("max-side").value);
   form.append("artifacts", "masks");
   if ($("overlay").checked) form.append("artifacts", "overlay");

@@ -61,11 +61,12 @@ export function facts({ input, options, model, created_at, expires_at }) {
   const parts = [`${input.width} × ${input.height}`, input.codec, sizeText(input.bytes)];
   if (input.fps) parts.splice(1, 0, `${Number(input.fps.toFixed(2))} frames a second`);
   if (input.duration_s) parts.splice(1, 0, durationText(input.duration_s));
+  const quality = options.quality === "exact" ? "" : `, ${options.quality.replace("_", "-")}`;
   const side = options.max_side ? `, longest side ${options.max_side} pixels` : "";
   const network = model && `${model.name} (${model.backbone}${model.trained ? "" : ", untrained"})`;
   return [
     ["Video", parts.join(" · ")],
-    ["Options", `threshold ${options.threshold}${side}`],
+    ["Options", `threshold ${options.threshold}${quality}${side}`],
     ["Network", network],
     ["Posted", timeText(created_at)],
     ["Kept until", expires_at && timeText(expires_at)],

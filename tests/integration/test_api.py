@@ -73,13 +73,18 @@ def succeed(stack: Stack, job_id: str) -> Artifact:
 
 
 def test_a_video_posted_as_a_form_is_accepted(client: httpx.Client, video: Path) -> None:
-    answer = post(client, video, threshold="0.25", max_side="32")
+    answer = post(client, video, threshold="0.25", max_side="32", quality="multi_scale")
     assert answer.status_code == 202
     job = answer.json()
     assert answer.headers["location"] == job["links"]["self"] == f"/jobs/{job['id']}"
     assert answer.headers["retry-after"]
     assert (job["status"], job["queue_position"], job["attempt"]) == ("queued", 1, 0)
-    assert job["options"] == {"threshold": 0.25, "max_side": 32, "artifacts": ["masks"]}
+    assert job["options"] == {
+        "threshold": 0.25,
+        "max_side": 32,
+        "quality": "multi_scale",
+        "artifacts": ["masks"],
+    }
     assert job["input"]["sha256"] == hashlib.sha256(video.read_bytes()).hexdigest()
     assert (job["input"]["filename"], job["input"]["bytes"]) == ("clip.mp4", video.stat().st_size)
     assert (job["input"]["width"], job["input"]["height"], job["input"]["fps"]) == (64, 48, 25.0)
@@ -100,6 +105,7 @@ def test_a_bare_video_is_accepted_with_options_in_the_query(
     assert answer.json()["options"] == {
         "threshold": 0.75,
         "max_side": None,
+        "quality": "exact",
         "artifacts": ["masks", "overlay"],
     }
     assert answer.json()["input"]["filename"] is None
@@ -119,6 +125,7 @@ def test_a_bare_video_may_be_streamed_without_a_length(client: httpx.Client, vid
         ({"threshold": "2"}, ""),
         ({"threshold": "high"}, ""),
         ({"colour": "red"}, ""),
+        ({"quality": "best"}, ""),
         ({"artifacts": "pictures"}, ""),
         ({"threshold": ["0.1", "0.2"]}, ""),
         ({"threshold": "0.1"}, "?threshold=0.1"),

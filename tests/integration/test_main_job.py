@@ -6,6 +6,7 @@ import json
 import time
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -30,12 +31,17 @@ def decoded_sizes(path: Path) -> list[tuple[int, int]]:
         return sizes
 
 
+def manifest(archive: bytes) -> dict[str, Any]:
+    with zipfile.ZipFile(io.BytesIO(archive)) as masks:
+        content: dict[str, Any] = json.loads(masks.read("manifest.json"))
+        return content
+
+
 def mask_sizes(archive: bytes) -> list[tuple[int, int]]:
     with zipfile.ZipFile(io.BytesIO(archive)) as masks:
         assert masks.testzip() is None
-        manifest = json.loads(masks.read("manifest.json"))
         sizes = []
-        for ordinal, entry in enumerate(manifest["frames"]):
+        for ordinal, entry in enumerate(manifest(archive)["frames"]):
             assert entry["file"] == f"masks/{ordinal:08d}.png"
             mask = np.asarray(Image.open(io.BytesIO(masks.read(entry["file"]))).convert("L"))
             assert set(np.unique(mask)) <= {0, 255}
@@ -71,6 +77,20 @@ def test_equal_videos_give_equal_archives_and_the_model_is_loaded_once(stack: St
     archives = {stack.download(stack.ended(stack.post(video)["id"])["id"]) for _ in range(3)}
     assert len(archives) == 1
     assert stack.workers()[0]["engine_pid"] == engine_before
+
+
+def test_a_multi_scale_job_leaves_a_mask_a_frame_and_says_what_it_was(stack: Stack, tmp_path: Path) -> None:
+    video = write_video(tmp_path / "clip.mp4", moving_square(7))
+    stack.start_api()
+    stack.start_worker()
+    exact, multi_scale = (
+        stack.ended(stack.post(video, quality=quality)["id"]) for quality in ("exact", "multi_scale")
+    )
+    assert (multi_scale["status"], multi_scale["options"]["quality"]) == ("succeeded", "multi_scale")
+    archives = [stack.download(job["id"]) for job in (exact, multi_scale)]
+    assert mask_sizes(archives[1]) == [(48, 64)] * 7
+    assert [manifest(archive)["options"]["quality"] for archive in archives] == ["exact", "multi_scale"]
+    assert multi_scale["timings"]["inference_s"] > 3 * exact["timings"]["inference_s"]
 
 
 def test_masks_can_be_smaller_than_the_video(stack: Stack, tmp_path: Path) -> None:

@@ -189,6 +189,7 @@ def test_a_video_goes_through_the_page_from_the_upload_to_the_downloads(
     eventually(lambda: "untrained" in browser.text("#service-notice"), within_seconds=20, what="it warns")
     browser.choose_file("#file", video)
     assert browser.text("#file-name") == video.name
+    browser.evaluate("document.querySelector('#quality').value = 'multi_scale'")
     browser.evaluate("document.querySelector('#send').click()")
     eventually(succeeded, within_seconds=60, what="the page tells of the success")
 
@@ -197,6 +198,8 @@ def test_a_video_goes_through_the_page_from_the_upload_to_the_downloads(
     assert job["status"] == "succeeded"
     assert job["input"]["filename"] == video.name
     assert job["options"]["artifacts"] == ["masks", "overlay"]
+    assert job["options"]["quality"] == "multi_scale"
+    assert "multi-scale" in browser.text("#job-facts")
     assert browser.text("#recent-jobs strong") == video.name
 
     browser.call("Page.reload")

@@ -6,27 +6,36 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model.imcnet import IMCNet, IMCNetConfig
+from model.imcnet import AlignmentStage, IMCNet, IMCNetConfig, Variant
+from model.variants import build_network
 
 MakeNetwork = Callable[..., IMCNet]
 MakeFrames = Callable[..., list[NDArray[np.uint8]]]
 
 
-def _make_network(num_frames: int = 3, frame_stride: int = 4, seed: int = 0) -> IMCNet:
+def _make_network(
+    num_frames: int = 3,
+    frame_stride: int = 4,
+    variant: Variant = "full",
+    alignment_stages: int = 4,
+    seed: int = 0,
+) -> IMCNet:
     """A small network that does something everywhere: no branch silent, offsets of about a pixel, and
     about as much foreground as background. Untrained networks show one flat mask, which proves little."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        network = IMCNet(IMCNetConfig("resnet18", num_frames, frame_stride)).eval()
+        config = IMCNetConfig("resnet18", num_frames, frame_stride, variant, alignment_stages)
+        network = build_network(config).eval()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
                 nn.init.uniform_(module.weight, 0.5, 1.0)
                 nn.init.uniform_(module.bias, -0.2, 0.2)
                 nn.init.uniform_(module.running_mean, -0.2, 0.2)
                 nn.init.uniform_(module.running_var, 0.8, 1.2)
-        for stage in network.alignment.stages:
-            nn.init.uniform_(stage.offsets.bias, -1.5, 1.5)
-            nn.init.normal_(stage.offsets.weight, std=0.02)
+        for module in network.modules():
+            if isinstance(module, AlignmentStage):
+                nn.init.uniform_(module.offsets.bias, -1.5, 1.5)
+                nn.init.normal_(module.offsets.weight, std=0.02)
         with torch.inference_mode():
             logits = network(torch.randn(2, num_frames, 3, 64, 64)).logits
         predict = network.segmentation.predict

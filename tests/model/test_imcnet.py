@@ -127,6 +127,11 @@ def test_batch_norm_takes_its_statistics_frame_by_frame_in_training(
         ({"num_frames": 4}, "num_frames must be 3, 5 or 7, got 4"),
         ({"frame_stride": 0}, "frame_stride must be an integer of at least 1, got 0"),
         ({"frame_stride": 1.5}, "frame_stride must be an integer of at least 1, got 1.5"),
+        ({"variant": "tiny"}, "variant must be one of full.* got 'tiny'"),
+        ({"variant": ["fpn"]}, r"variant must be one of full.* got \['fpn'\]"),
+        ({"alignment_stages": 0}, "alignment_stages must be an integer from 1 to 5, got 0"),
+        ({"alignment_stages": 6}, "alignment_stages must be an integer from 1 to 5, got 6"),
+        ({"alignment_stages": 4.0}, "alignment_stages must be an integer from 1 to 5, got 4.0"),
     ],
 )
 def test_impossible_configurations_are_refused(values: dict[str, object], message: str) -> None:
@@ -164,14 +169,14 @@ def test_decoding_another_number_of_frames_is_refused(network: IMCNet) -> None:
 
 def test_columns_of_the_affinity_sum_to_one() -> None:
     torch.manual_seed(0)
-    weights = Affinity(3).weights(torch.randn(2, 3, 64, 3, 5))
+    weights = Affinity(3 * 64).weights(torch.randn(2, 3, 64, 3, 5))
     assert weights.shape == (2, 15, 15)
     torch.testing.assert_close(weights.sum(dim=1), torch.ones(2, 15))
 
 
 def test_the_affinity_follows_its_equations() -> None:
     torch.manual_seed(0)
-    affinity = Affinity(3).double()
+    affinity = Affinity(3 * 64).double()
     keys = torch.randn(2, 3, 64, 2, 3, dtype=torch.float64)
     v5 = torch.randn(2, 3, 8, 2, 3, dtype=torch.float64)
     enhanced = affinity(keys, v5)
@@ -200,7 +205,7 @@ def test_the_guide_map_is_normalised_frame_by_frame() -> None:
 
 def test_an_untrained_alignment_is_a_cascade_of_plain_convolutions() -> None:
     torch.manual_seed(0)
-    alignment = CascadedAlignment().double()
+    alignment = CascadedAlignment(4).double()
     frames = torch.randn(2, 3, 64, 6, 7, dtype=torch.float64)
     aligned = alignment(frames)
     assert torch.equal(aligned[:, 1], frames[:, 1])

@@ -6,7 +6,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from model.preprocess import normalise, probability_to_mask, resize_frame
+from model.preprocess import normalise, resize_frame, resize_probability
 
 
 @pytest.mark.parametrize(
@@ -61,15 +61,8 @@ def test_images_are_normalised_with_imagenets_statistics() -> None:
     assert normalise(images, torch.float64).dtype == torch.float64
 
 
-def test_a_probability_at_the_threshold_is_foreground() -> None:
-    probability = torch.tensor([0.0, 0.49, 0.5, 1.0]).view(1, 1, 1, 4)
-    mask = probability_to_mask(probability, (1, 4), 0.5)
-    assert mask.tolist() == [[[False, False, True, True]]]
-
-
-def test_probabilities_are_brought_to_the_size_before_they_are_cut() -> None:
+def test_probabilities_are_resized_bilinearly_with_corners_not_aligned() -> None:
     probability = torch.tensor([0.0, 1.0]).view(1, 1, 1, 2).expand(2, 1, 1, 2)
-    # Bilinear with corners not aligned: 0, 0, 1/8, 3/8, 5/8, 7/8, 1, 1.
-    mask = probability_to_mask(probability, (3, 8), 0.3)
-    assert mask.shape == (2, 3, 8)
-    assert mask[1, 2].tolist() == [False] * 3 + [True] * 5
+    resized = resize_probability(probability, (3, 8))
+    assert resized.shape == (2, 1, 3, 8)
+    assert resized[1, 0, 2].tolist() == [0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1]

@@ -1,6 +1,7 @@
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -10,9 +11,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from model.errors import DeviceError, WeightsError
-from model.imcnet import IMCNet, IMCNetConfig, foreground_probability
+from model.imcnet import FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame
 from model.segmenter import Segmenter, resolve_device
+from model.views import Quality
 from model.weights import init_weights
 from model.windows import WindowLayout
 
@@ -20,6 +22,8 @@ Frame = NDArray[np.uint8]
 MakeFrames = Callable[..., list[Frame]]
 
 SIZE = 64
+VIEWS = {"exact": 1, "multi_scale": 9}
+EVERY_QUALITY = pytest.mark.parametrize("quality", get_args(Quality))
 
 
 class Stream:
@@ -45,7 +49,7 @@ def segmenter(network: IMCNet) -> Segmenter:
 
 @pytest.fixture
 def keys(segmenter: Segmenter) -> Iterator[list[weakref.ref[Tensor]]]:
-    """The keys that have been computed, one an encoded frame; those still held are alive."""
+    """The keys that have been computed, one a frame and view; those still held are alive."""
     encoded: list[weakref.ref[Tensor]] = []
 
     def remember(module: nn.Module, inputs: object, key: Tensor) -> None:
@@ -88,9 +92,68 @@ def test_every_frame_gets_the_mask_of_its_window(
     assert 0.05 < np.mean(masks) < 0.95
 
 
-def test_masks_come_as_the_frames_do(segmenter: Segmenter, make_frames: MakeFrames) -> None:
+def _mean_of_nine_passes(network: IMCNet, frames: list[Frame], indices: tuple[int, ...]) -> Tensor:
+    """The foreground of a window as the paper's starred results have it, pass by pass, nothing reused."""
+    passes = []
+    for size in (32, 64, 96):  # 352, 480 and 736 for an input size of 480
+        for mirror in (lambda maps: maps, lambda maps: maps.flip(-2), lambda maps: maps.flip(-1)):
+            images = [normalise(resize_frame(frames[index], size), torch.float64) for index in indices]
+            probability = foreground_probability(network(mirror(torch.stack(images).unsqueeze(0))).logits)
+            passes.append(
+                functional.interpolate(
+                    mirror(probability), frames[0].shape[:2], mode="bilinear", align_corners=False
+                )
+            )
+    assert len(passes) == 9
+    return torch.cat(passes).mean(dim=(0, 1))
+
+
+def test_multi_scale_is_the_mean_of_nine_passes(
+    make_network: Callable[..., IMCNet], make_frames: MakeFrames
+) -> None:
+    network = make_network(3, 1).double()
+    frames = make_frames(3)
+    with torch.inference_mode():
+        expected = torch.stack(
+            [_mean_of_nine_passes(network, frames, i) for i in ((0, 0, 1), (0, 1, 2), (1, 2, 2))]
+        )
+    segmenter = Segmenter(network, device="cpu", input_size=SIZE)
+    # Masks tell a probability apart from a threshold: with one just beside it, to nine digits.
+    probability = expected.flatten().kthvalue(expected.numel() // 2).values.item()
+    for threshold in (probability - 1e-9, probability + 1e-9):
+        masks = np.stack(list(segmenter.segment(frames, threshold=threshold, quality="multi_scale")))
+        assert np.array_equal(masks, (expected >= threshold).numpy())
+        assert 0.4 < masks.mean() < 0.6
+
+
+class TopLeftNetwork(IMCNet):
+    """Sees foreground in the top left quarter of all that it is shown: it does not turn with the picture."""
+
+    def decode_window(self, window: Sequence[FrameFeatures]) -> Tensor:
+        height, width = window[0].pyramid.v2.shape[-2:]
+        logits = torch.full((1, 1, height, width), -100.0)
+        logits[..., : height // 2, : width // 2] = 100.0
+        return logits
+
+
+@pytest.mark.parametrize(
+    ("quality", "expected"),
+    [("exact", [[1, 0], [0, 0]]), ("multi_scale", [[1 / 3, 1 / 3], [1 / 3, 0]])],
+)
+def test_what_is_seen_in_a_mirror_is_turned_back(
+    make_frames: MakeFrames, quality: Quality, expected: list[list[float]]
+) -> None:
+    segmenter = Segmenter(TopLeftNetwork(IMCNetConfig("resnet18")), device="cpu", input_size=SIZE)
+    for threshold in (0.05, 0.3, 0.4, 0.95):
+        (mask,) = segmenter.segment(make_frames(1, 40, 56), threshold=threshold, quality=quality)
+        corners = mask[np.ix_([0, -1], [0, -1])]
+        assert np.array_equal(corners, np.array(expected) >= threshold)
+
+
+@EVERY_QUALITY
+def test_masks_come_as_the_frames_do(segmenter: Segmenter, make_frames: MakeFrames, quality: Quality) -> None:
     stream = Stream(make_frames(15))
-    masks = segmenter.segment(stream)
+    masks = segmenter.segment(stream, quality=quality)
     assert stream.read == 0
     read = []
     for _ in masks:
@@ -98,15 +161,17 @@ def test_masks_come_as_the_frames_do(segmenter: Segmenter, make_frames: MakeFram
     assert read == [min(15, center + 5) for center in range(15)]
 
 
-def test_each_frame_is_encoded_once_and_dropped_after_its_last_window(
-    segmenter: Segmenter, make_frames: MakeFrames, keys: list[weakref.ref[Tensor]]
+@EVERY_QUALITY
+def test_each_frame_is_encoded_once_a_view_and_dropped_after_its_last_window(
+    segmenter: Segmenter, make_frames: MakeFrames, keys: list[weakref.ref[Tensor]], quality: Quality
 ) -> None:
-    count, margin = 14, segmenter.layout.margin
-    masks = segmenter.segment(iter(make_frames(count)))
+    count, margin, views = 14, segmenter.layout.margin, VIEWS[quality]
+    masks = segmenter.segment(iter(make_frames(count)), quality=quality)
     for center, _ in enumerate(masks):
         alive = [index for index, key in enumerate(keys) if key() is not None]
-        assert alive == list(range(max(0, center + 1 - margin), min(count, center + margin + 1)))
-    assert len(keys) == count
+        first, stop = max(0, center + 1 - margin), min(count, center + margin + 1)
+        assert alive == list(range(views * first, views * stop))
+    assert len(keys) == views * count
     assert all(key() is None for key in keys)
 
 
@@ -123,6 +188,16 @@ def test_a_span_gets_the_masks_that_it_has_within_the_whole(
 ) -> None:
     masks = segmenter.segment(make_frames(14), start=start, stop=stop)
     assert torch.equal(torch.from_numpy(np.stack(list(masks))), whole[start:stop])
+
+
+def test_a_multi_scale_span_gets_the_masks_that_it_has_within_the_whole(
+    segmenter: Segmenter, make_frames: MakeFrames
+) -> None:
+    whole = list(segmenter.segment(make_frames(14), quality="multi_scale"))
+    span = list(segmenter.segment(make_frames(14), start=6, stop=8, quality="multi_scale"))
+    assert np.array_equal(span, whole[6:8])
+    part = list(segmenter.segment(make_frames(14)[2:12], start=4, stop=6, quality="multi_scale"))
+    assert np.array_equal(part, whole[6:8])
 
 
 @pytest.mark.parametrize(("start", "stop"), [(0, 3), (6, 8), (13, 14)])
@@ -204,6 +279,7 @@ def test_inference_mode_does_not_leak_between_masks(segmenter: Segmenter, make_f
         ({"threshold": 1.5}, r"threshold must be within \[0, 1\], got 1.5"),
         ({"threshold": float("nan")}, "got nan"),
         ({"output_size": (0, 5)}, r"output_size must be positive, got \(0, 5\)"),
+        ({"quality": "best"}, "quality must be one of exact, multi_scale, got 'best'"),
         ({"start": -1}, "0 <= start <= stop, got -1 and None"),
         ({"start": 3, "stop": 2}, "0 <= start <= stop, got 3 and 2"),
     ],
@@ -273,13 +349,18 @@ def test_other_devices_are_refused_with_those_allowed(name: str) -> None:
 
 
 @pytest.mark.gpu
+@EVERY_QUALITY
 def test_masks_on_the_gpu_are_those_of_the_cpu(
-    cuda_device: object, make_network: Callable[..., IMCNet], make_frames: MakeFrames
+    cuda_device: object, make_network: Callable[..., IMCNet], make_frames: MakeFrames, quality: Quality
 ) -> None:
     frames = make_frames(8)
     # In float64, where the order of additions on the two devices moves no pixel over the threshold.
-    on_cpu = list(Segmenter(make_network().double(), device="cpu", input_size=SIZE).segment(frames))
-    on_gpu = list(
-        Segmenter(make_network().double(), device=str(cuda_device), input_size=SIZE).segment(frames)
+    on_cpu, on_gpu = (
+        list(
+            Segmenter(make_network().double(), device=device, input_size=SIZE).segment(
+                frames, quality=quality
+            )
+        )
+        for device in ("cpu", str(cuda_device))
     )
     assert np.array_equal(on_cpu, on_gpu)

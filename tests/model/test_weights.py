@@ -101,6 +101,51 @@ def test_half_precision_files_load_as_float32(
         assert torch.equal(half.float(), full)
 
 
+def test_weights_can_be_stored_in_half_precision(tmp_path: Path, network: IMCNet) -> None:
+    save_weights(tmp_path / "half", network, INFO, dtype=torch.float16)
+    stored = load_file(tmp_path / "half")
+    for name, tensor in network.state_dict().items():
+        if tensor.is_floating_point():
+            assert stored[name].dtype == torch.float16
+            torch.testing.assert_close(stored[name].float(), tensor, rtol=2**-11, atol=2**-25)
+        else:
+            assert torch.equal(stored[name], tensor)
+    loaded, _ = load_weights(tmp_path / "half")
+    assert all(
+        torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in loaded.state_dict().items()
+    )
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+def test_a_value_too_large_for_half_precision_is_refused(
+    tmp_path: Path, make_network: Callable[..., IMCNet]
+) -> None:
+    network = make_network()
+    network.backbone.bn1.running_var[3] = 65_519  # still rounds to the largest number there is
+    save_weights(tmp_path / "half", network, INFO, dtype=torch.float16)
+    network.backbone.bn1.running_var[3] = 65_520
+    with pytest.raises(WeightsError) as caught:
+        save_weights(tmp_path / "over", network, INFO, dtype=torch.float16)
+    message = "backbone.bn1.running_var holds 65520, too large for torch.float16"
+    assert str(caught.value) == f"{tmp_path / 'over'}: {message}"
+    assert not (tmp_path / "over").exists()
+
+
+def test_weights_are_not_stored_as_integers(tmp_path: Path, network: IMCNet) -> None:
+    with pytest.raises(ValueError, match=r"dtype must be a floating type, got torch\.int8"):
+        save_weights(tmp_path / "weights", network, INFO, dtype=torch.int8)
+
+
+def test_a_file_that_says_nothing_of_variants_is_the_full_network(path: Path) -> None:
+    def change(tensors: dict[str, Tensor], fields: dict[str, Any]) -> None:
+        del fields["config"]["variant"]
+        del fields["config"]["alignment_stages"]
+
+    _rewrite(path, change)
+    network, info = load_weights(path)
+    assert network.config == info.config == CONFIG
+
+
 def test_untrained_weights_are_marked_and_follow_their_seed(tmp_path: Path) -> None:
     state = torch.random.get_rng_state()
     info = init_weights(tmp_path / "a", CONFIG, seed=1)
@@ -130,8 +175,9 @@ def test_every_difference_in_the_tensors_is_listed(path: Path) -> None:
 
     _rewrite(path, change)
     assert _refusal(path) == (
-        "not the weights of resnet18 with 3 frames a window: missing: affinity.left.bias, key_encoder.bias; "
-        "left over: extra; backbone.bn1.num_batches_tracked: expected () int64, got () float32; "
+        "not the weights of resnet18, variant full, with 3 frames a window and 4 alignment stages: "
+        "missing: affinity.left.bias, key_encoder.bias; left over: extra; "
+        "backbone.bn1.num_batches_tracked: expected () int64, got () float32; "
         "segmentation.predict.bias: expected (1,) float32, got (2,) float32"
     )
 
@@ -146,6 +192,7 @@ def test_an_unknown_version_is_refused(path: Path) -> None:
     [
         ({"trained": "false"}, "trained must be true or false, got 'false'"),
         ({"config": {"backbone": "vgg"}}, "backbone must be one of"),
+        ({"config": {"variant": None}}, "variant must be one of"),
         ({"config": {"depth": 3}}, "unexpected keyword argument 'depth'"),
         ({"config": None}, "must be a mapping"),
         ({"surprise": 1}, "unexpected keyword argument 'surprise'"),

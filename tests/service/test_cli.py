@@ -58,14 +58,12 @@ def test_a_package_that_is_not_installed_is_named_with_the_extra_that_brings_it(
 # -- up, serve, worker -----------------------------------------------------------------------------------
 
 
-def test_up_refuses_to_start_without_weights(tmp_path: Path) -> None:
-    result = imcnet("up", IMCNET_DATA_DIR=str(tmp_path / "data"))
-    assert "No weights are configured" in error_of(result)
-    assert not (tmp_path / "data").exists()
-
-
 def test_up_refuses_weights_that_are_not_there(tmp_path: Path) -> None:
-    assert "missing.safetensors" in error_of(imcnet("up", "--weights", tmp_path / "missing.safetensors"))
+    result = imcnet(
+        "up", "--weights", tmp_path / "missing.safetensors", IMCNET_DATA_DIR=str(tmp_path / "data")
+    )
+    assert "missing.safetensors" in error_of(result)
+    assert not (tmp_path / "data").exists()
 
 
 @pytest.mark.processes
@@ -126,12 +124,6 @@ def test_a_setting_that_is_not_valid_is_named() -> None:
 
 
 @pytest.mark.processes
-def test_a_worker_without_weights_says_how_to_give_them(redis_url: str, tmp_path: Path) -> None:
-    result = imcnet("worker", IMCNET_REDIS_URL=redis_url, IMCNET_DATA_DIR=str(tmp_path))
-    assert "IMCNET_WEIGHTS" in error_of(result)
-
-
-@pytest.mark.processes
 def test_a_worker_does_not_fall_back_from_a_gpu_that_is_not_there(
     redis_url: str, untrained_weights: Path, tmp_path: Path
 ) -> None:
@@ -174,6 +166,32 @@ def test_a_video_gets_a_mask_a_frame_under_its_number(untrained_weights: Path, t
     assert sorted(path.name for path in out.iterdir()) == [f"{ordinal:08d}.png" for ordinal in range(6)]
     with Image.open(out / "00000000.png") as mask:
         assert mask.size == (32, 24)
+
+
+def test_masks_have_the_quality_asked_for(untrained_weights: Path, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (24, 40, 3), np.uint8)
+    (tmp_path / "frames").mkdir()
+    Image.fromarray(noise).save(tmp_path / "frames" / "a.png")
+    masks = []
+    for quality in ("exact", "multi_scale"):
+        out = tmp_path / quality
+        arguments = ("--quality", quality, "--threshold", 0.5112)  # where an untrained network is undecided
+        result = imcnet(
+            *("segment", tmp_path / "frames", out, "--weights", untrained_weights, "--input-size", 64),
+            *arguments,
+        )
+        assert result.returncode == 0, result.stderr
+        masks.append(np.asarray(Image.open(out / "a.png")))
+    assert all(0.05 < mask.mean() < 0.95 for mask in masks)
+    assert not np.array_equal(*masks)
+
+
+def test_another_quality_is_refused(frames_folder: Path, untrained_weights: Path, tmp_path: Path) -> None:
+    arguments = ("--weights", untrained_weights, "--quality", "best")
+    result = imcnet("segment", frames_folder, tmp_path / "masks", *arguments)
+    assert result.returncode == 2
+    assert "multi_scale" in result.stderr
+    assert not (tmp_path / "masks").exists()
 
 
 def test_untrained_weights_are_called_so(
@@ -225,8 +243,13 @@ def test_masks_do_not_go_into_a_folder_that_holds_files_unless_told_so(
     assert (frames_folder / "a.png").exists()
 
 
-def test_segmenting_needs_weights(frames_folder: Path, tmp_path: Path) -> None:
-    assert "No weights are configured" in error_of(imcnet("segment", frames_folder, tmp_path / "masks"))
+def test_without_weights_of_ones_own_the_trained_ones_that_ship_are_taken(
+    frames_folder: Path, tmp_path: Path
+) -> None:
+    result = imcnet("segment", frames_folder, tmp_path / "masks", "--input-size", 64)
+    assert result.returncode == 0, result.stderr
+    assert "not trained" not in result.stderr
+    assert len(list((tmp_path / "masks").glob("*.png"))) == len(list(frames_folder.iterdir()))
 
 
 def test_segmenting_does_not_fall_back_from_a_gpu_that_is_not_there(
@@ -248,6 +271,14 @@ def test_new_weights_are_marked_as_untrained(tmp_path: Path) -> None:
     assert facts["trained"] is False
     assert facts["config"]["backbone"] == "resnet18"
     assert len(facts["sha256"]) == 64
+
+
+def test_new_weights_can_be_those_of_an_ablation(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    options = ("--backbone", "resnet18", "--variant", "fpn", "--alignment-stages", 2)
+    assert imcnet("weights", "init", path, *options).returncode == 0
+    facts = json.loads(imcnet("weights", "show", path).stdout)
+    assert (facts["config"]["variant"], facts["config"]["alignment_stages"]) == ("fpn", 2)
 
 
 def test_weights_are_never_overwritten(untrained_weights: Path) -> None:

@@ -110,6 +110,7 @@ def test_a_succeeded_job_tells_counted_frames_and_where_its_artifacts_are() -> N
         {"threshold": 1},
         {"threshold": "x"},
         {"max_side": 15},
+        {"quality": "best"},
         {"artifacts": []},
         {"colour": 1},
     ],
@@ -135,6 +136,12 @@ def test_every_error_class_has_its_row_in_the_table() -> None:
 def test_a_problem_carries_code_title_and_detail() -> None:
     problem = Problem.of(EngineFailed("It died."))
     assert (problem.code, problem.detail, problem.status) == ("engine_failed", "It died.", None)
+
+
+def test_a_record_of_before_there_were_qualities_is_an_exact_job() -> None:
+    older = RECORD.model_dump(mode="json")
+    del older["options"]["quality"]
+    assert JobRecord.model_validate(older).options.quality == "exact"
 
 
 def test_record_and_outcome_survive_json() -> None:

@@ -55,6 +55,7 @@ def test_the_archive_holds_every_mask_and_a_manifest_of_the_content_alone(tmp_pa
     assert np.array_equal(last, content[2][1])
     assert (manifest["height"], manifest["width"], manifest["fps"]) == (33, 47, 25.0)
     assert manifest["frames"][1] == {"file": "masks/00000001.png", "pts": 512, "time_s": 0.04}
+    assert manifest["options"] == {"threshold": 0.5, "max_side": None, "quality": "exact"}
     assert manifest["model"] == MODEL.model_dump()
 
 

@@ -5,13 +5,17 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import psutil
 import pytest
 
+from model.imcnet import IMCNetConfig
 from model.segmenter import Segmenter
+from model.weights import init_weights
 from service.errors import EngineFailed, Misconfigured
+from service.jobs import Quality
 from tests.waiting import wait_until
 from worker.decode import VideoFrame
 from worker.engine_process import EngineProcess, EngineStream
@@ -20,7 +24,7 @@ from worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.processes
 
-REQUEST = StreamRequest(height=40, width=56, mask_height=40, mask_width=56, threshold=0.5)
+REQUEST = StreamRequest(height=40, width=56, mask_height=40, mask_width=56, threshold=0.5, quality="exact")
 
 
 def settings(weights: Path | None, **others: object) -> WorkerSettings:
@@ -51,26 +55,33 @@ def stream(engine: EngineProcess, *, stall_seconds: float = 60, tick: object = N
     )
 
 
-def frames(count: int) -> Iterator[VideoFrame]:
+def frames(count: int, *, height: int = 40, width: int = 56) -> Iterator[VideoFrame]:
     random = np.random.default_rng(0)
     for index in range(count):
-        yield VideoFrame(random.integers(0, 256, (40, 56, 3), np.uint8), index, index / 25)
+        yield VideoFrame(random.integers(0, 256, (height, width, 3), np.uint8), index, index / 25)
 
 
-def test_the_engines_masks_are_the_segmenters(engine: EngineProcess, untrained_weights: Path) -> None:
+@pytest.mark.parametrize("quality", get_args(Quality))
+def test_the_engines_masks_are_the_segmenters(
+    engine: EngineProcess, untrained_weights: Path, quality: Quality
+) -> None:
     import torch
 
-    segmented = list(stream(engine).segment(frames(9), REQUEST))
+    # Where an untrained network is undecided: a mask that is all foreground would prove little.
+    threshold = 0.5112
+    request = REQUEST.model_copy(update={"threshold": threshold, "quality": quality})
+    segmented = list(stream(engine).segment(frames(9), request))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        masks = list(
-            Segmenter.load(untrained_weights, device="cpu", input_size=64).segment(f.image for f in frames(9))
-        )
+        segmenter = Segmenter.load(untrained_weights, device="cpu", input_size=64)
+        images = (frame.image for frame in frames(9))
+        masks = list(segmenter.segment(images, threshold=threshold, quality=quality))
     finally:
         torch.set_num_threads(threads)
     assert [s.frame.pts for s in segmented] == list(range(9))
     assert all(np.array_equal(s.mask, mask) for s, mask in zip(segmented, masks, strict=True))
+    assert 0.05 < np.mean(masks) < 0.95
 
 
 def test_an_engine_serves_stream_after_stream(engine: EngineProcess) -> None:
@@ -137,6 +148,29 @@ def test_a_slow_decoder_is_not_taken_for_a_hanging_engine(engine: EngineProcess)
             yield frame
 
     assert len(list(stream(engine, stall_seconds=1).segment(slow(), REQUEST))) == 2
+
+
+def test_an_engine_is_not_hanging_while_it_takes_frames(tmp_path: Path) -> None:
+    weights = tmp_path / "long-window.safetensors"
+    init_weights(weights, IMCNetConfig("resnet18", frame_stride=30), seed=0)
+    engine = EngineProcess(settings(weights, input_size=32))
+    engine.ensure_running()
+    request = REQUEST.model_copy(update={"height": 16, "width": 16, "quality": "multi_scale"})
+
+    def seconds_to_the_first_mask(stall_seconds: float) -> float:
+        # So small that the socket takes them all at once: only the engine knows how far it is.
+        tiny = frames(31, height=16, width=16)
+        masks = stream(engine, stall_seconds=stall_seconds).segment(tiny, request)
+        began = time.monotonic()
+        next(masks)
+        masks.close()
+        return time.monotonic() - began
+
+    try:
+        patient = seconds_to_the_first_mask(stall_seconds=60)
+        assert seconds_to_the_first_mask(stall_seconds=patient / 3) > patient / 3
+    finally:
+        engine.stop()
 
 
 def test_frames_of_another_size_than_announced_end_the_engine(engine: EngineProcess) -> None:

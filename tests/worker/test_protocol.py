@@ -1,10 +1,18 @@
+from typing import get_args
+
 import numpy as np
 import pytest
 
+import model.views
+import service.jobs
 from worker.pipeline import mask_size
 from worker.protocol import MASK, StreamRequest, pack_mask
 
-REQUEST = StreamRequest(height=3, width=5, mask_height=7, mask_width=9, threshold=0.5)
+REQUEST = StreamRequest(height=3, width=5, mask_height=7, mask_width=9, threshold=0.5, quality="exact")
+
+
+def test_a_job_may_ask_for_every_quality_that_the_segmenter_knows() -> None:
+    assert get_args(service.jobs.Quality) == get_args(model.views.Quality)
 
 
 def test_a_frame_crosses_the_socket_as_it_is() -> None:
