@@ -6,7 +6,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from service.settings import SharedSettings
 
-
 # The packages lie side by side, in a checkout as in site-packages.
 _SHIPPED_WEIGHTS = (
     Path(__file__).resolve().parent.parent / "model" / "weights" / "imcnet-resnet18.safetensors"
@@ -25,7 +24,7 @@ class WorkerSettings(SharedSettings):
         default=None,
         gt=0,
         multiple_of=32,
-        description="Side of the square that frames are resized to; by default the one the weights were made for.",
+        description="Side of the square that frames are resized to; by default that of the weights.",
     )
     cpu_threads: NonNegativeInt = Field(
         default=0, description="Threads of the network on a CPU; 0: all cores."
