@@ -11,3 +11,19 @@ class WeightsError(ModelError):
 
 class DeviceError(ModelError):
     """The device asked for is not there."""
+
+
+class CheckpointError(ModelError):
+    """A training checkpoint cannot be read, or belongs to another run."""
+
+
+class DatasetError(ModelError):
+    """A dataset is missing, incomplete or laid out otherwise."""
+
+
+class ResultsError(ModelError):
+    """Masks that were stored for evaluation do not fit the dataset."""
+
+
+class TrainingError(ModelError):
+    """Training cannot go on."""

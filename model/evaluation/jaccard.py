@@ -1,9 +1,8 @@
 """J, the region similarity of the DAVIS benchmarks."""
 
 import numpy as np
-from numpy.typing import NDArray
 
-Mask = NDArray[np.bool_]
+from model.evaluation.masks import Mask, check_comparable
 
 
 def region_similarity(prediction: Mask, truth: Mask) -> float:
@@ -12,10 +11,6 @@ def region_similarity(prediction: Mask, truth: Mask) -> float:
     Raises:
         ValueError: The masks differ in shape or are not boolean.
     """
-    if prediction.shape != truth.shape or prediction.dtype != np.bool_ or truth.dtype != np.bool_:
-        raise ValueError(
-            f"masks must be bool of one shape, "
-            f"got {prediction.dtype} {prediction.shape} and {truth.dtype} {truth.shape}"
-        )
+    check_comparable(prediction, truth)
     union = int(np.count_nonzero(prediction | truth))
     return int(np.count_nonzero(prediction & truth)) / union if union else 1.0

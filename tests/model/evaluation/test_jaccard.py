@@ -1,11 +1,6 @@
-import io
-import zipfile
-from pathlib import Path
-
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from PIL import Image
 
 from model.evaluation.jaccard import region_similarity
 
@@ -36,36 +31,3 @@ def test_masks_of_another_shape_or_type_are_refused() -> None:
         region_similarity(mask("#."), mask("#.."))
     with pytest.raises(ValueError, match="uint8"):
         region_similarity(mask("#.").astype(np.uint8), mask("#."))  # type: ignore[arg-type]
-
-
-@pytest.mark.data
-@pytest.mark.parametrize(
-    ("sequence", "shifted", "boxed"),
-    [("blackswan", 0.89834, 0.22867), ("bmx-trees", 0.52026, 0.07353), ("dog", 0.89644, 0.32140)],
-)
-def test_it_agrees_with_the_public_davis_evaluation(
-    data_dir: Path, sequence: str, shifted: float, boxed: float
-) -> None:
-    truths = read_masks(data_dir / "davis16" / "val" / f"{sequence}.masks.zip")[1:-1]
-    height, width = truths[0].shape
-    box = np.zeros((height, width), np.bool_)
-    box[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
-    assert np.mean([region_similarity(shift(truth), truth) for truth in truths]) == pytest.approx(
-        shifted, abs=1e-5
-    )
-    assert np.mean([region_similarity(box, truth) for truth in truths]) == pytest.approx(boxed, abs=1e-5)
-
-
-def read_masks(archive: Path) -> list[NDArray[np.bool_]]:
-    with zipfile.ZipFile(archive) as file:
-        return [
-            np.asarray(Image.open(io.BytesIO(file.read(name))).convert("L")) > 0
-            for name in sorted(file.namelist())
-        ]
-
-
-def shift(truth: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Moved 5 pixels to the right; nothing comes in at the left."""
-    shifted = np.zeros_like(truth)
-    shifted[:, 5:] = truth[:, :-5]
-    return shifted
