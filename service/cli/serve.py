@@ -21,7 +21,10 @@ from worker.settings import WorkerSettings
 
 HostOption = Annotated[str | None, typer.Option(help="Address to listen on [IMCNET_HOST]")]
 PortOption = Annotated[int | None, typer.Option(help="Port to listen on [IMCNET_PORT]")]
-WeightsOption = Annotated[Path | None, typer.Option(help="Weights file of the network; by default the one that ships [IMCNET_WEIGHTS]")]
+WeightsOption = Annotated[
+    Path | None,
+    typer.Option(help="Weights file of the network; by default the one that ships [IMCNET_WEIGHTS]"),
+]
 DeviceOption = Annotated[
     str | None, typer.Option(help="auto, cpu, cuda or cuda:N; only auto chooses [IMCNET_DEVICE]")
 ]

@@ -1,0 +1,81 @@
+"""What `imcnet evaluate` does with weights: the masks of a dataset's frames, and how long they take."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from service.cli.settings import require_weights
+from service.jobs import Quality
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    import torch
+
+    from model.datasets import VideoSequence
+    from model.weights import WeightsInfo
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """The network that made the masks, and where it ran.
+
+    Args:
+        sha256: Of the weights file.
+        hardware: Name of the GPU, or threads of the CPU.
+        seconds_per_mask: From frames in memory to masks in memory.
+    """
+
+    info: "WeightsInfo"
+    sha256: str
+    device: str
+    hardware: str
+    input_size: int
+    quality: Quality
+    seconds_per_mask: float
+
+
+def segment_to(
+    folder: Path,
+    sequences: Sequence[tuple["VideoSequence", Sequence[int]]],
+    settings: WorkerSettings,
+    quality: Quality,
+) -> Run:
+    """Write the network's masks of the frames named beside each sequence, laid out as ``StoredMasks`` reads.
+
+    Raises:
+        Misconfigured: The weights file is not there.
+        ModelError: Weights, device or dataset cannot be used.
+    """
+    from tqdm import tqdm
+
+    from model.evaluation.predictions import SegmentedMasks, StoredMasks
+    from model.segmenter import Segmenter
+    from model.weights import file_sha256, read_info
+
+    weights = require_weights(settings)
+    segmenter = Segmenter.load(weights, device=settings.device, input_size=settings.input_size)
+    masks, stored = SegmentedMasks(segmenter, quality=quality), StoredMasks(folder)
+    total = sum(len(frames) for _, frames in sequences)
+    with tqdm(total=total, desc="Segmenting", unit="frame", disable=None) as bar:
+        for sequence, frames in sequences:
+            for index, mask in zip(frames, masks.masks(sequence, frames), strict=True):
+                stored.save(sequence, index, mask)
+                bar.update()
+    return Run(
+        info=read_info(weights),
+        sha256=file_sha256(weights),
+        device=str(segmenter.device),
+        hardware=_hardware(segmenter.device),
+        input_size=segmenter.input_size,
+        quality=quality,
+        seconds_per_mask=masks.seconds_per_mask,
+    )
+
+
+def _hardware(device: "torch.device") -> str:
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"threads: {torch.get_num_threads()}"
