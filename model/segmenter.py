@@ -14,6 +14,7 @@ from torch import Tensor
 from model.errors import DeviceError
 from model.imcnet import SIZE_MULTIPLE, FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise, resize_frame, resize_probability
+from model.shipped import SHIPPED_WEIGHTS
 from model.views import Quality, View, views_of
 from model.weights import load_weights
 from model.windows import WindowLayout
@@ -46,8 +47,10 @@ class Segmenter:
         self._dtype = next(network.parameters()).dtype
 
     @classmethod
-    def load(cls, path: Path | str, *, device: str = "auto", input_size: int | None = None) -> Self:
-        """Load a weights file.
+    def load(
+        cls, path: Path | str = SHIPPED_WEIGHTS, *, device: str = "auto", input_size: int | None = None
+    ) -> Self:
+        """Load a weights file, by default the one that ships.
 
         Args:
             input_size: By default the one that the weights were made for.

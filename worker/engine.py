@@ -19,6 +19,7 @@ import torch
 
 from model.errors import ModelError
 from model.segmenter import Segmenter
+from model.shipped import SHIPPED_WEIGHTS
 from model.weights import file_sha256, load_weights
 from service.jobs import ModelInfo
 from service.processes import die_with_parent
@@ -63,12 +64,13 @@ def main(argument: str) -> int:
 def _load(config: EngineConfig) -> tuple[Segmenter, ModelInfo]:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
-    network, info = load_weights(config.weights, sha256=config.weights_sha256)
+    weights = config.weights or SHIPPED_WEIGHTS
+    network, info = load_weights(weights, sha256=config.weights_sha256)
     segmenter = Segmenter(network, device=config.device, input_size=config.input_size or info.input_size)
     model = ModelInfo(
         name=info.name,
         backbone=info.config.backbone,
-        weights_sha256=file_sha256(config.weights),
+        weights_sha256=file_sha256(weights),
         trained=info.trained,
     )
     return segmenter, model

@@ -91,7 +91,7 @@ class EngineProcess:
         config = EngineConfig(
             socket=self.socket,
             parent_pid=os.getpid(),
-            weights=self._settings.weights_file,
+            weights=self._settings.weights,
             weights_sha256=self._settings.weights_sha256,
             device=self._settings.device,
             input_size=self._settings.input_size,

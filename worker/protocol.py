@@ -29,7 +29,7 @@ class EngineConfig(_Message):
 
     socket: Path
     parent_pid: int
-    weights: Path
+    weights: Path | None  # None: those that ship
     weights_sha256: str | None
     device: str
     input_size: int | None  # None: the one that the weights were made for

@@ -6,11 +6,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat
 
 from service.settings import SharedSettings
 
-# The packages lie side by side, in a checkout as in site-packages.
-_SHIPPED_WEIGHTS = (
-    Path(__file__).resolve().parent.parent / "model" / "weights" / "imcnet-resnet18.safetensors"
-)
-
 
 class WorkerSettings(SharedSettings):
     weights: Path | None = Field(
@@ -36,7 +31,3 @@ class WorkerSettings(SharedSettings):
         default=120,
         description="An engine that neither takes a frame nor returns a mask for this long is killed.",
     )
-
-    @property
-    def weights_file(self) -> Path:
-        return self.weights or _SHIPPED_WEIGHTS

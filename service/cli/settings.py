@@ -5,6 +5,7 @@ from typing import TypeVar
 
 from pydantic import ValidationError
 
+from model.shipped import SHIPPED_WEIGHTS
 from service.errors import Misconfigured
 from service.settings import SharedSettings
 from worker.settings import WorkerSettings
@@ -31,9 +32,10 @@ def require_weights(settings: WorkerSettings) -> Path:
     Raises:
         Misconfigured: It is not there.
     """
-    if not settings.weights_file.is_file():
-        raise Misconfigured(f"There is no weights file {settings.weights_file}.")
-    return settings.weights_file
+    weights = settings.weights or SHIPPED_WEIGHTS
+    if not weights.is_file():
+        raise Misconfigured(f"There is no weights file {weights}.")
+    return weights
 
 
 def _variable(name: str) -> str:
