@@ -6,14 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# What the demo shows unless told: a real clip where the development data is at hand, else a scene that it renders.
+IMCNET_TEST_DATA ?= ../shared/data
+CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout.mp4),"$(clip)" --truth "$(clip:.mp4=.masks.zip)")
+
 .DEFAULT_GOAL := help
 .PHONY: help demo up test lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
 
-demo: $(INSTALLED) ## send a video (VIDEO=path, or a rendered scene) through the whole service; results in demo/
-	$(BIN)/imcnet demo $(if $(VIDEO),"$(VIDEO)") --out demo
+demo: $(INSTALLED) ## send a video (VIDEO=path) through the whole service; results in demo/
+	$(BIN)/imcnet demo $(if $(VIDEO),"$(VIDEO)",$(CLIP)) --out demo
 
 up: $(INSTALLED) ## run API, worker and a private Redis in this terminal (WEIGHTS=path, or IMCNET_WEIGHTS)
 	$(BIN)/imcnet up $(if $(WEIGHTS),--weights "$(WEIGHTS)")

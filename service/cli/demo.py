@@ -14,11 +14,9 @@ from urllib.parse import urljoin
 import typer
 
 from service.cli.serve import DeviceOption, WeightsOption, imcnet_command, worker_arguments
-from service.cli.settings import read_settings
 from service.cli.up import Api, free_port
 from service.errors import ImcnetError, Misconfigured
 from service.processes import tethered
-from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
     import httpx
@@ -32,6 +30,9 @@ def demo(
     video: Annotated[
         Path | None, typer.Argument(help="Without one, a scene with known truth is rendered.")
     ] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Zip file with the true mask of each frame, to compare with.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Folder for the results.")] = Path("demo"),
     url: Annotated[str | None, typer.Option(help="A service that runs already; else one is started.")] = None,
     weights: WeightsOption = None,
@@ -40,14 +41,14 @@ def demo(
     """Send a video through the whole service and leave masks, an overlay and a contact sheet."""
     from service.cli import showcase
 
-    if video is not None and not video.is_file():
-        raise Misconfigured(f"There is no file {video}.")
+    for file in (video, truth):
+        if file is not None and not file.is_file():
+            raise Misconfigured(f"There is no file {file}.")
     out.mkdir(parents=True, exist_ok=True)
-    truth = None
     if video is None:
         typer.echo("Rendering a scene …")
-        video = out / "scene.mp4"
-        truth = showcase.write_scene(video, out / "truth")
+        video, truth = out / "scene.mp4", out / "truth.zip"
+        showcase.write_scene(video, truth)
     with contextlib.ExitStack() as stack:
         service = url or stack.enter_context(_private_service(out, weights=weights, device=device))
         job = _run_job(service, video, out)
@@ -65,7 +66,6 @@ def demo(
 @contextlib.contextmanager
 def _private_service(out: Path, *, weights: Path | None, device: str | None) -> Iterator[str]:
     """``imcnet up`` on a port and with data of its own, for as long as the context lasts. Yields its URL."""
-    weights = read_settings(WorkerSettings, weights=weights, device=device).weights or _untrained_weights(out)
     api = Api("127.0.0.1", free_port())
     log_path = out / "service.log"
     typer.echo(f"Starting the service, log in {log_path} …")
@@ -90,16 +90,6 @@ def _private_service(out: Path, *, weights: Path | None, device: str | None) -> 
         finally:
             up.send_signal(signal.SIGTERM)
             up.wait()
-
-
-def _untrained_weights(out: Path) -> Path:
-    from model.imcnet import IMCNetConfig
-    from model.weights import init_weights
-
-    typer.echo("No weights are configured: making random ones, whose masks mean nothing.")
-    path = out / "untrained-resnet18.safetensors"
-    init_weights(path, IMCNetConfig("resnet18"), seed=0)
-    return path
 
 
 def _wait_until_ready(api: Api, up: "subprocess.Popen[bytes]", log_path: Path) -> None:

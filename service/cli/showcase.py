@@ -1,7 +1,7 @@
 """What the demo makes beside the job itself: its scene, the contact sheet, and how near the masks come."""
 
-import io
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import av
@@ -11,27 +11,23 @@ from PIL import Image
 
 from model.evaluation.jaccard import region_similarity
 from model.scenes import render_scene
+from service.errors import Misconfigured
 
 _FRAMES, _HEIGHT, _WIDTH, _FPS = 24, 360, 640, 12
 _TILES, _TILE_COLUMNS, _TILE_WIDTH = 12, 4, 320
 
 
-def write_scene(path: Path, truth: Path) -> Path:
-    """Render a scene to an H.264 file, its masks to the folder ``truth``, ``{ordinal:08d}.png`` each.
-
-    Returns:
-        ``truth``.
-    """
-    truth.mkdir(exist_ok=True)
-    with av.open(path, "w", format="mp4") as container:
+def write_scene(path: Path, truth: Path) -> None:
+    """Render a scene to an H.264 file, its masks to the zip file ``truth``, ``{ordinal:08d}.png`` each."""
+    with av.open(path, "w", format="mp4") as container, zipfile.ZipFile(truth, "w") as masks:
         stream = container.add_stream("libx264", rate=_FPS, options={"crf": "16"})
         stream.height, stream.width, stream.pix_fmt = _HEIGHT, _WIDTH, "yuv420p"
         scene = render_scene(frames=_FRAMES, height=_HEIGHT, width=_WIDTH, seed=1)
         for ordinal, (image, mask) in enumerate(scene):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-            Image.fromarray(mask).save(truth / f"{ordinal:08d}.png")
+            with masks.open(f"{ordinal:08d}.png", "w") as png:
+                Image.fromarray(mask).save(png, "PNG")
         container.mux(stream.encode(None))
-    return truth
 
 
 def write_contact_sheet(video: Path, path: Path, *, frames: int) -> None:
@@ -50,18 +46,18 @@ def write_contact_sheet(video: Path, path: Path, *, frames: int) -> None:
 
 
 def mean_similarity(archive: Path, truth: Path) -> float:
-    """Mean J over all frames of the masks in a job's archive, against those in the folder ``truth``."""
-    with zipfile.ZipFile(archive) as masks:
-        return float(
-            np.mean(
-                [
-                    region_similarity(
-                        _read_mask(masks.read(f"masks/{file.name}")), _read_mask(file.read_bytes())
-                    )
-                    for file in sorted(truth.glob("*.png"))
-                ]
-            )
-        )
+    """Mean J over all frames of the masks in a job's archive.
+
+    Args:
+        truth: A zip file with a PNG for each frame, in the order of their names.
+
+    Raises:
+        Misconfigured: There is not one true mask for each frame.
+    """
+    predicted, true = list(_read_masks(archive)), list(_read_masks(truth))
+    if len(predicted) != len(true):
+        raise Misconfigured(f"{truth} holds {len(true)} masks, but the video has {len(predicted)} frames.")
+    return float(np.mean([region_similarity(*pair) for pair in zip(predicted, true, strict=True)]))
 
 
 def _tile(frame: av.VideoFrame) -> NDArray[np.uint8]:
@@ -69,6 +65,8 @@ def _tile(frame: av.VideoFrame) -> NDArray[np.uint8]:
     return np.asarray(Image.fromarray(frame.to_ndarray(format="rgb24")).resize((_TILE_WIDTH, height)))
 
 
-def _read_mask(png: bytes) -> NDArray[np.bool_]:
-    with Image.open(io.BytesIO(png)) as image:
-        return np.asarray(image.convert("L")) >= 128
+def _read_masks(path: Path) -> Iterator[NDArray[np.bool_]]:
+    with zipfile.ZipFile(path) as archive:
+        for name in sorted(name for name in archive.namelist() if name.endswith(".png")):
+            with archive.open(name) as png, Image.open(png) as image:
+                yield np.asarray(image.convert("L")) >= 128
