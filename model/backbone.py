@@ -1,9 +1,15 @@
-"""The ResNet under the network: one image to four maps."""
+"""The ResNet under the network: one image to four maps; and the weights that it may start from."""
 
+from pathlib import Path
 from typing import Literal, NamedTuple
+from urllib.error import URLError
 
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
-from torchvision.models import get_model
+from torchvision.models import get_model, get_model_weights
+
+from model.errors import WeightsError
 
 BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
 
@@ -48,3 +54,47 @@ class ResNetPyramid(nn.Module):
         v3 = self.layer2(v2)
         v4 = self.layer3(v3)
         return Pyramid(v2, v3, v4, self.layer4(v4))
+
+
+def save_backbone(path: Path, backbone: ResNetPyramid, name: BackboneName) -> None:
+    """Write a backbone's tensors under torchvision's names, as ``load_backbone`` reads them."""
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in backbone.state_dict().items()}
+    # Not safetensors' own writer: its files can be read by their owner only, whatever the umask.
+    path.write_bytes(save(tensors, {"backbone": name}))
+
+
+def load_backbone(backbone: ResNetPyramid, name: BackboneName, source: Path | Literal["imagenet"]) -> None:
+    """Let a backbone start from trained weights, in place. It must get every tensor, and no tensor be left.
+
+    Args:
+        name: What ``backbone`` is.
+        source: A file as ``save_backbone`` writes it; or ``imagenet``, torchvision's IMAGENET1K_V1, from
+            which the paper starts: torchvision downloads it, or finds it in its cache.
+
+    Raises:
+        WeightsError: The file is missing, damaged or of another backbone; or the download failed.
+    """
+    tensors = _imagenet(name) if source == "imagenet" else _read(source, name)
+    try:
+        backbone.load_state_dict(tensors, strict=True)
+    except RuntimeError as error:
+        raise WeightsError(f"{source}: not the weights of {name}: {' '.join(str(error).split())}") from error
+
+
+def _imagenet(name: BackboneName) -> dict[str, Tensor]:
+    try:
+        state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
+    except (URLError, RuntimeError) as error:
+        raise WeightsError(f"torchvision cannot download ImageNet's weights of {name}: {error}") from error
+    return {key: tensor for key, tensor in state.items() if not key.startswith("fc.")}
+
+
+def _read(path: Path, name: BackboneName) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            found = (file.metadata() or {}).get("backbone", "of no backbone")
+        if found != name:
+            raise WeightsError(f"{path}: expected the weights of {name}, these are {found}")
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(f"{path}: not a readable safetensors file: {error}") from error

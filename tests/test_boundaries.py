@@ -44,6 +44,13 @@ def test_the_model_imports_nothing_of_service_or_worker() -> None:
         assert not [name for name in imports(path) if name.split(".")[0] in ("service", "worker")], path
 
 
+def test_the_model_needs_nothing_but_what_runs_the_network() -> None:
+    needed = {"model", "torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"}
+    for path in files("model"):
+        found = {name.split(".")[0] for name in imports(path)}
+        assert found <= needed | sys.stdlib_module_names, path
+
+
 def test_the_service_reaches_model_and_worker_from_the_command_line_only() -> None:
     for path in files("service"):
         if (REPOSITORY / "service" / "cli") not in path.parents:
@@ -64,7 +71,10 @@ def test_only_the_engine_imports_the_model() -> None:
 
 @pytest.mark.parametrize(
     "module",
-    ["service.app", "service.cli", "service.probe", "worker.gpu_worker", "worker.tasks", "model.windows"],
+    [
+        *("service.app", "service.cli", "service.probe", "worker.gpu_worker", "worker.tasks"),
+        *("model.windows", "model.datasets", "model.evaluation.davis", "model.training.sampling"),
+    ],
 )
 def test_torch_stays_out_of(module: str) -> None:
     program = f"import sys, {module}; sys.exit('torch' in sys.modules)"

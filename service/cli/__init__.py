@@ -11,7 +11,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from model.errors import ModelError
-from service.cli import check, demo, segment, serve, up, weights
+from service.cli import ablate, check, demo, evaluate, pretrain, segment, serve, train, up, weights
 from service.errors import EngineFailed, ImcnetError, QueueUnavailable
 
 app = typer.Typer(
@@ -26,6 +26,10 @@ app.command("serve")(serve.serve)
 app.command("worker")(serve.worker)
 app.command("check")(check.check)
 app.command("segment")(segment.segment)
+app.command("evaluate")(evaluate.evaluate)
+app.command("train")(train.train)
+app.command("pretrain")(pretrain.pretrain)
+app.command("ablate")(ablate.ablate)
 app.command("demo")(demo.demo)
 app.add_typer(weights.app, name="weights")
 
@@ -35,6 +39,7 @@ _EXTRAS = {
     "safetensors": "worker",
     "tqdm": "worker",
     "httpx": "local",
+    "yaml": "evaluate",
 }
 
 

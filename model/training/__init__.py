@@ -1,0 +1,1 @@
+"""Training: data sets to samples, samples to batches, batches to weights."""

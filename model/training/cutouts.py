@@ -1,0 +1,86 @@
+"""Objects cut out of pictures by their masks, to be laid over others.
+
+A cut-out is float, ``(4, height, width)``: colours (0 to 255) times opacity, and opacity (0 to 1).
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from model.training.motion import Floats, View
+from model.training.pictures import Picture
+
+_EXTENT = (0.2, 0.8)  # of cut-outs: root of their area, in sides of the frame
+_MAX_SIDE = 1.1  # in sides of the frame
+_MAX_MAGNIFICATION = 1.3  # more would show
+
+
+def cut_out(picture: Picture, rng: np.random.Generator, view: View) -> Tensor:
+    """The object as it is to appear in a frame: of some size, recoloured, perhaps mirrored, with soft edges.
+
+    A picture without foreground gives a cut-out that is transparent all over.
+
+    Returns:
+        A cut-out in the frame's pixels.
+    """
+    top, bottom, left, right = _bounds(picture.pixels[3])
+    cropped = picture.pixels[:, top:bottom, left:right].float()
+    if rng.random() < 0.5:
+        cropped = cropped.flip(2)
+    height, width = _target(bottom - top, (right - left) * picture.aspect / view.aspect, rng, view)
+    resized = functional.interpolate(cropped.unsqueeze(0), (height, width), mode="bilinear", antialias=True)
+    resized = functional.pad(resized, (1, 1, 1, 1)).squeeze(0)
+
+    feather = int(rng.choice([3, 5]))
+    opacity = functional.avg_pool2d(resized[3:] / 255, feather, stride=1, padding=feather // 2)
+    opacity = ((opacity - 0.4) / 0.5).clamp(0, 1)  # soft towards the inside: what lies around is left behind
+    tint = rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, size=(3, 1, 1)).astype(np.float32)
+    colours = (resized[:3] * torch.from_numpy(tint.astype(np.float32))).clamp(0, 255)
+    return torch.cat([colours * opacity, opacity])
+
+
+def limit_side(cut: Tensor, pixels: float) -> Tensor:
+    """A cut-out no larger than that, made smaller if need be."""
+    shrink = pixels / max(cut.shape[1:])
+    if shrink >= 1:
+        return cut
+    smaller = [max(1, round(side * shrink)) for side in cut.shape[1:]]
+    return functional.interpolate(cut.unsqueeze(0), smaller, mode="bilinear", antialias=True).squeeze(0)
+
+
+def paste(canvas: Tensor, cut: Tensor, middle: Floats) -> None:
+    """Lay a cut-out onto a canvas, in place; what reaches beyond its edges is lost.
+
+    Args:
+        canvas: Colours, ``(3, H, W)``, or a canvas that is a cut-out itself.
+        middle: Where the middle of the cut-out comes to lie, x and y from -1 to 1.
+    """
+    height, width = cut.shape[1:]
+    left, top = (
+        round(float((place + 1) / 2 * length - extent / 2))
+        for place, length, extent in zip(
+            middle, (canvas.shape[2], canvas.shape[1]), (width, height), strict=True
+        )
+    )
+    target = canvas[:, max(0, top) : max(0, top + height), max(0, left) : max(0, left + width)]
+    piece = cut[:, max(0, -top) :, max(0, -left) :][:, : target.shape[1], : target.shape[2]]
+    target.mul_(1 - piece[3:]).add_(piece[: canvas.shape[0]])
+
+
+def _target(height: float, width: float, rng: np.random.Generator, view: View) -> tuple[int, int]:
+    """Pixels that an object takes in the frame, given its sides, in proportion, in the picture's pixels."""
+    extent = view.size * np.exp(rng.uniform(*np.log(_EXTENT)))
+    scale = min(
+        extent / np.sqrt(height * width), _MAX_SIDE * view.size / max(height, width), _MAX_MAGNIFICATION
+    )
+    return max(4, round(height * scale)), max(4, round(width * scale))
+
+
+def _bounds(coverage: Tensor) -> tuple[int, int, int, int]:
+    """Top, bottom, left and right of the foreground; of the whole picture where there is none."""
+    foreground = (coverage > 0).numpy()
+    rows, columns = np.flatnonzero(foreground.any(axis=1)), np.flatnonzero(foreground.any(axis=0))
+    if len(rows) == 0:
+        return 0, coverage.shape[0], 0, coverage.shape[1]
+    return int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1

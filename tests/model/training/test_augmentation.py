@@ -1,0 +1,233 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from model.datasets import Still, VideoSequence
+from model.errors import DatasetError
+from model.training.augmentation import Augmentation, Stills, Windows
+from model.training.pictures import Pictures
+from model.training.samples import Sample
+
+SIZE = 64
+UNCHANGED = Augmentation(flip=0, rotation=0, zoom=(1, 1), colour=0)
+
+
+def write_still(folder: Path, foreground: NDArray[np.bool_], name: str = "still") -> Still:
+    """A photo that is red in the foreground and blue elsewhere, with its mask."""
+    folder.mkdir(parents=True, exist_ok=True)
+    image, mask = folder / f"{name}.jpg", folder / f"{name}.png"
+    colours = np.where(foreground[..., None], (200, 50, 50), (50, 50, 200)).astype(np.uint8)
+    Image.fromarray(colours).save(image, quality=95, subsampling=0)
+    Image.fromarray(foreground).save(mask)
+    return Still(image, mask)
+
+
+def write_grey_video(
+    folder: Path, frames: int, annotated: Callable[[int], bool] = lambda _: True
+) -> Pictures:
+    """Frame ``n`` is of the grey level ``10 * n``."""
+    images, masks = [folder / f"{n:05d}.png" for n in range(frames)], []
+    mask = folder / "mask.png"
+    Image.new("1", (8, 8), 1).save(mask)
+    for number, path in enumerate(images):
+        Image.new("RGB", (8, 8), (10 * number,) * 3).save(path)
+        masks.append(mask if annotated(number) else None)
+    return Pictures.of_videos([VideoSequence("grey", tuple(images), tuple(masks))])
+
+
+def numbers(sample: Sample) -> list[int]:
+    """Which frames of a grey video a sample holds."""
+    return [int(frame.float().mean().round()) // 10 for frame in sample.frames]
+
+
+def disk(height: int, width: int, x: float, y: float, radius: float) -> NDArray[np.bool_]:
+    rows, columns = np.mgrid[:height, :width]
+    return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
+
+
+def overlap(one: torch.Tensor, other: torch.Tensor) -> float:
+    return float((one & other).sum() / (one | other).sum())
+
+
+@pytest.fixture
+def still(tmp_path: Path) -> Stills:
+    return Stills(Pictures.of_stills([write_still(tmp_path, disk(150, 300, x=170, y=60, radius=40))]))
+
+
+@pytest.fixture
+def film(tmp_path: Path) -> Pictures:
+    """A disk that goes to the right."""
+    entries = [
+        write_still(tmp_path, disk(150, 300, x=60 + 15 * n, y=75, radius=40), f"{n:05d}") for n in range(12)
+    ]
+    sequence = VideoSequence("disk", tuple(e.image for e in entries), tuple(e.mask for e in entries))
+    return Pictures.of_videos([sequence])
+
+
+def test_a_sample_is_a_window_of_frames_with_masks(film: Pictures) -> None:
+    sample = Windows(film, num_frames=5).sample(6, np.random.default_rng(0), SIZE)
+    assert (sample.frames.shape, sample.frames.dtype) == ((5, 3, SIZE, SIZE), torch.uint8)
+    assert (sample.masks.shape, sample.masks.dtype) == ((5, SIZE, SIZE), torch.bool)
+
+
+def test_a_still_is_a_window_of_one(still: Stills) -> None:
+    sample = still.sample(0, np.random.default_rng(0), SIZE)
+    assert (sample.frames.shape, sample.masks.shape) == ((1, 3, SIZE, SIZE), (1, SIZE, SIZE))
+
+
+def test_masks_follow_the_picture_through_every_change(film: Pictures) -> None:
+    windows = Windows(film, augmentation=Augmentation(rotation=1))
+    for seed in range(24):
+        sample = windows.sample(seed % len(windows), np.random.default_rng(seed), SIZE)
+        red = sample.frames[:, 0] > sample.frames[:, 2]
+        assert sample.masks.any()
+        assert overlap(red, sample.masks) > 0.97
+
+
+def test_all_frames_of_a_window_are_changed_alike(tmp_path: Path) -> None:
+    entry = write_still(tmp_path, disk(150, 300, x=170, y=60, radius=40))
+    video = VideoSequence("frozen", (entry.image,) * 9, (entry.mask,) * 9)
+    sample = Windows(Pictures.of_videos([video])).sample(4, np.random.default_rng(1), SIZE)
+    assert (sample.frames == sample.frames[:1]).all()
+    assert (sample.masks == sample.masks[:1]).all()
+
+
+def test_one_seed_makes_one_sample(film: Pictures) -> None:
+    windows = Windows(film, reversal=0.5, stride_jitter=2)
+    first, again, other = (windows.sample(5, np.random.default_rng(seed), SIZE) for seed in (1, 1, 2))
+    assert torch.equal(first.frames, again.frames)
+    assert torch.equal(first.masks, again.masks)
+    assert not torch.equal(first.frames, other.frames)
+
+
+def test_a_flip_mirrors_left_and_right(still: Stills, tmp_path: Path) -> None:
+    pictures = Pictures.of_stills([write_still(tmp_path, disk(150, 300, x=170, y=60, radius=40))])
+    plain, flipped = (
+        Stills(pictures, augmentation=Augmentation(flip, 0, zoom=(1, 1), colour=0)).sample(
+            0, np.random.default_rng(0), SIZE
+        )
+        for flip in (0, 1)
+    )
+    assert torch.equal(flipped.masks, plain.masks.flip(-1))
+    difference = flipped.frames.int() - plain.frames.flip(-1).int()
+    assert difference.abs().max() <= 1
+
+
+def test_pictures_are_turned_in_their_own_proportions(tmp_path: Path) -> None:
+    """A disk in the middle of a wide picture is an ellipse in the sample, and must stay the same ellipse."""
+    pictures = Pictures.of_stills([write_still(tmp_path, disk(150, 300, x=149.5, y=74.5, radius=50))])
+    turning = Augmentation(flip=0, rotation=1, zoom=(1, 1), colour=0)
+    plain = Stills(pictures, augmentation=UNCHANGED).sample(0, np.random.default_rng(0), SIZE)
+    for seed in range(5):
+        turned = Stills(pictures, augmentation=turning).sample(0, np.random.default_rng(seed), SIZE)
+        assert overlap(turned.masks, plain.masks) > 0.95
+
+
+def test_zooming_in_magnifies_and_zooming_out_shows_all(tmp_path: Path) -> None:
+    pictures = Pictures.of_stills([write_still(tmp_path, disk(150, 150, x=74.5, y=74.5, radius=30))])
+    shares = {}
+    for zoom in (0.75, 1, 4 / 3):
+        exactly = Augmentation(flip=0, rotation=0, zoom=(zoom, zoom), colour=0)
+        sample = Stills(pictures, augmentation=exactly).sample(0, np.random.default_rng(3), SIZE)
+        shares[zoom] = float(sample.masks.float().mean())
+    assert shares[4 / 3] / shares[1] == pytest.approx((4 / 3) ** 2, rel=0.05)
+    assert shares[0.75] / shares[1] == pytest.approx(0.75**2, rel=0.05)
+
+
+def test_colours_change_within_their_range(still: Stills, tmp_path: Path) -> None:
+    pictures = Pictures.of_stills([write_still(tmp_path, np.zeros((32, 32), dtype=np.bool_))])
+    recoloured = Stills(pictures, augmentation=Augmentation(colour=0.2))
+    blues = {
+        int(recoloured.sample(0, np.random.default_rng(seed), 32).frames[0, 2].float().mean())
+        for seed in range(20)
+    }
+    assert len(blues) > 10
+    assert 200 * 0.8**3 - 5 < min(blues) < max(blues) <= 255
+
+
+def test_windows_repeat_the_ends_of_a_video(tmp_path: Path) -> None:
+    windows = Windows(write_grey_video(tmp_path, 12), augmentation=UNCHANGED)
+    rng = np.random.default_rng(0)
+    assert len(windows) == 12
+    assert [numbers(windows.sample(centre, rng, 16)) for centre in (0, 5, 11)] == [
+        [0, 0, 4],
+        [1, 5, 9],
+        [7, 11, 11],
+    ]
+
+
+def test_windows_step_over_annotated_frames(tmp_path: Path) -> None:
+    pictures = write_grey_video(tmp_path, 21, annotated=lambda number: number % 5 == 0)
+    windows = Windows(pictures, frame_stride=1, augmentation=UNCHANGED)
+    assert len(windows) == 5
+    assert numbers(windows.sample(1, np.random.default_rng(0), 16)) == [0, 5, 10]
+
+
+def test_windows_stay_within_their_video(tmp_path: Path) -> None:
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    sequences = [VideoSequence(name, (), ()) for name in "ab"]
+    for place, (name, shade) in enumerate([("a", 100), ("b", 200)]):
+        image, mask = tmp_path / f"{name}.png", tmp_path / f"{name}_mask.png"
+        Image.new("RGB", (8, 8), (shade,) * 3).save(image)
+        Image.new("1", (8, 8), 1).save(mask)
+        sequences[place] = VideoSequence(name, (image,) * 3, (mask,) * 3)
+    windows = Windows(Pictures.of_videos(sequences), augmentation=UNCHANGED)
+    shades = [set(windows.sample(i, np.random.default_rng(0), 16).frames.unique().tolist()) for i in range(6)]
+    assert shades == [{100}] * 3 + [{200}] * 3
+
+
+def test_time_can_be_turned_around(tmp_path: Path) -> None:
+    windows = Windows(write_grey_video(tmp_path, 12), augmentation=UNCHANGED, reversal=1)
+    assert numbers(windows.sample(5, np.random.default_rng(0), 16)) == [9, 5, 1]
+
+
+def test_the_stride_can_vary(tmp_path: Path) -> None:
+    windows = Windows(write_grey_video(tmp_path, 16), augmentation=UNCHANGED, frame_stride=2, stride_jitter=3)
+    seen = {tuple(numbers(windows.sample(7, np.random.default_rng(seed), 16))) for seed in range(80)}
+    assert seen == {(7 - stride, 7, 7 + stride) for stride in range(1, 6)}
+
+
+def test_preloaded_pictures_make_the_same_samples(film: Pictures) -> None:
+    windows = Windows(film)
+    read = windows.sample(6, np.random.default_rng(0), SIZE)
+    film.preload(SIZE)
+    kept = windows.sample(6, np.random.default_rng(0), SIZE)
+    assert torch.equal(read.frames, kept.frames)
+    assert torch.equal(read.masks, kept.masks)
+
+
+def test_preloaded_pictures_do_not_do_for_larger_samples(film: Pictures) -> None:
+    film.preload(SIZE)
+    with pytest.raises(ValueError, match="samples of up to 64, not 65 pixels"):
+        film.read(0, SIZE + 1)
+
+
+def test_small_samples_of_large_pictures_do_not_alias(tmp_path: Path) -> None:
+    image, mask = tmp_path / "fine.png", tmp_path / "mask.png"
+    checks = (np.indices((128, 128)).sum(axis=0) % 2 * 255).astype(np.uint8)
+    Image.fromarray(checks).save(image)
+    Image.fromarray(checks > 0).save(mask)
+    pictures = Pictures.of_stills([Still(image, mask)])
+    pictures.preload(96)  # 128 a side
+    frames = Stills(pictures, augmentation=UNCHANGED).sample(0, np.random.default_rng(0), 30).frames
+    assert frames.float().std() < 40  # of 127
+
+
+def test_a_mask_of_another_size_is_an_error(tmp_path: Path) -> None:
+    entry = write_still(tmp_path, np.ones((20, 30), dtype=np.bool_))
+    Image.new("1", (15, 10)).save(entry.mask)
+    with pytest.raises(DatasetError, match=r"still\.png must be of its image's size, 30x20, is 15x10"):
+        Pictures.of_stills([entry]).read(0, SIZE)
+
+
+def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    entry = write_still(tmp_path, np.ones((20, 30), dtype=np.bool_))
+    entry.image.write_bytes(entry.image.read_bytes()[:300])
+    with pytest.raises(DatasetError, match=r"cannot read the image .*still\.jpg"):
+        Pictures.of_stills([entry]).preload(SIZE)
