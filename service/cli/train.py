@@ -25,7 +25,9 @@ def train(
     out: Annotated[
         Path, typer.Option(help="Folder of the run; if it holds one, that goes on where it stopped.")
     ],
-    preset: Annotated[str, typer.Option(help="stage1 or stage2, as in the paper; small1 to small3 for little compute.")],
+    preset: Annotated[
+        str, typer.Option(help="stage1 or stage2, as the paper; small1 to small3, on little compute.")
+    ],
     row: Annotated[
         str | None,
         typer.Option(
