@@ -205,7 +205,6 @@ def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
         ({"weights_sha256": "0" * 64}, "sha256|hash|SHA-256"),
         ({"device": "cuda:99"}, "cuda:99"),
         ({"weights": "/nowhere.safetensors"}, "nowhere"),
-        ({"weights": None}, "No weights are configured"),
     ],
 )
 def test_what_cannot_work_is_refused_in_one_line(
@@ -218,6 +217,15 @@ def test_what_cannot_work_is_refused_in_one_line(
     finally:
         engine.stop()
     assert "\n" not in refusal.value.detail
+
+
+def test_without_weights_of_its_own_it_runs_those_that_ship(untrained_weights: Path) -> None:
+    engine = EngineProcess(settings(untrained_weights).model_copy(update={"weights": None}))
+    try:
+        engine.ensure_running()
+        assert engine.ready.model.trained
+    finally:
+        engine.stop()
 
 
 def test_a_stopped_engine_leaves_no_process_and_no_directory(untrained_weights: Path) -> None:
