@@ -2,15 +2,20 @@
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
 from importlib.metadata import version
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service import page, problems, routes
-from service.queue import JobQueue, connect
+from service.broker import connect
+from service.errors import QueueUnavailable
+from service.idempotency import IdempotencyKeys
+from service.metrics import Metrics, RequestMetrics
+from service.queue import JobQueue
 from service.services import Services
 from service.settings import ServiceSettings
 from service.storage import JobStorage
@@ -26,14 +31,18 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         Misconfigured: No Redis is configured, or the data directory cannot be written.
     """
     services = build_services(settings)
+    services.storage.prepare()
+    services.idempotency.prepare()
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        sweeper = asyncio.create_task(_sweep_forever(services))
+        chores = [
+            asyncio.create_task(_repeat(chore, every_seconds=seconds)) for chore, seconds in _chores(services)
+        ]
         yield
-        sweeper.cancel()
-        with suppress(asyncio.CancelledError):
-            await sweeper
+        for chore in chores:
+            chore.cancel()
+        await asyncio.gather(*chores, return_exceptions=True)
 
     # As FastAPI, but /docs comes from here instead of a CDN that a GPU host may not reach.
     app = FastAPIOffline(
@@ -45,6 +54,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
         redoc_url=None,
     )
     app.state.services = services
+    app.state.metrics = Metrics(services.storage, services.queue, services.queue.tally)
+    app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     problems.install(app)
     app.include_router(routes.router)
     app.include_router(page.router)
@@ -53,22 +64,42 @@ def create_app(settings: ServiceSettings) -> FastAPI:
 
 
 def build_services(settings: ServiceSettings) -> Services:
-    """Raises: Misconfigured: No Redis is configured, or the data directory cannot be written."""
+    """Raises: Misconfigured: No Redis is configured."""
     storage = JobStorage(settings.data_dir)
-    storage.prepare()
     queue = JobQueue(
         connect(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds),
+        lease_seconds=settings.lease_seconds,
         job_timeout_seconds=settings.job_timeout_seconds,
-        max_attempts=settings.max_attempts,
         max_queued_jobs=settings.max_queued_jobs,
     )
-    return Services(settings=settings, storage=storage, queue=queue)
+    idempotency = IdempotencyKeys(settings.data_dir / "idempotency")
+    return Services(settings=settings, storage=storage, queue=queue, idempotency=idempotency)
 
 
-async def _sweep_forever(services: Services) -> None:
+def _chores(services: Services) -> tuple[tuple[Callable[[], None], float], ...]:
+    """What is to be done at start and on a timer, and how often (seconds)."""
+    settings, storage, queue = services.settings, services.storage, services.queue
+
+    def keep_promises() -> None:
+        queue.serve(storage.identity)
+        services.promises.run(interval_seconds=settings.reconcile_seconds)
+
+    return (
+        (keep_promises, settings.reconcile_seconds),
+        (partial(sweep, storage, queue, settings), settings.sweep_interval_seconds),
+        (
+            partial(services.idempotency.sweep, settings.tombstone_seconds),
+            settings.sweep_interval_seconds,
+        ),
+    )
+
+
+async def _repeat(chore: Callable[[], None], *, every_seconds: float) -> None:
     while True:
         try:
-            await asyncio.to_thread(sweep, services.storage, services.queue, services.settings)
-        except Exception:  # the sweeper outlives a full disk or a lost Redis: it tries again next time
-            logger.exception("The sweep failed")
-        await asyncio.sleep(services.settings.sweep_interval_seconds)
+            await asyncio.to_thread(chore)
+        except QueueUnavailable as error:
+            logger.warning("%s", error.detail)
+        except Exception:  # a full disk, say: the next time will do
+            logger.exception("A chore failed")
+        await asyncio.sleep(every_seconds)

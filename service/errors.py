@@ -25,6 +25,9 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
         "method_not_allowed": ProblemType(HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed"),
         "request_timeout": ProblemType(HTTPStatus.REQUEST_TIMEOUT, "The upload came to a halt"),
         "invalid_options": ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "The options are not valid"),
+        "idempotency_key_reused": ProblemType(
+            HTTPStatus.UNPROCESSABLE_ENTITY, "The idempotency key belongs to another request"
+        ),
         "missing_video": ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "The request holds no video"),
         "upload_too_large": ProblemType(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, "The upload is too large"),
         "unsupported_media_type": ProblemType(
@@ -38,6 +41,7 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
         "job_gone": ProblemType(HTTPStatus.GONE, "The job is gone"),
         "artifact_not_found": ProblemType(HTTPStatus.NOT_FOUND, "No such artifact"),
         "artifact_not_ready": ProblemType(HTTPStatus.CONFLICT, "The artifact is not ready"),
+        "artifact_damaged": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "The artifact is damaged"),
         # The video, found at upload or while decoding.
         "empty_file": ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "The file is empty"),
         "not_a_video": ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "The file is not a readable video"),
@@ -67,6 +71,7 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
         "queue_full": ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "Too many jobs are waiting"),
         "queue_unavailable": ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "The job queue cannot be reached"),
         "storage_full": ProblemType(HTTPStatus.INSUFFICIENT_STORAGE, "The storage is full"),
+        "storage_unavailable": ProblemType(HTTPStatus.SERVICE_UNAVAILABLE, "The storage cannot be used"),
         "misconfigured": ProblemType(None, "The service is misconfigured"),
         "internal_error": ProblemType(HTTPStatus.INTERNAL_SERVER_ERROR, "Internal error"),
     }
@@ -128,6 +133,12 @@ class ArtifactNotReady(ImcnetError):
     code = "artifact_not_ready"
 
 
+class ArtifactDamaged(ImcnetError):
+    """What is stored of the artifact is not what was published."""
+
+    code = "artifact_damaged"
+
+
 class QueueUnavailable(ImcnetError):
     """Redis cannot be reached or does not answer in time."""
 
@@ -149,6 +160,13 @@ class StorageFull(ImcnetError):
     retry_after_seconds = 60
 
 
+class StorageUnavailable(ImcnetError):
+    """The disk refuses to work, for another reason than being full."""
+
+    code = "storage_unavailable"
+    retry_after_seconds = 30
+
+
 class EngineFailed(ImcnetError):
     """The engine process died, hung or reported an error; another attempt may succeed."""
 
@@ -160,8 +178,9 @@ class WorkerCrashed(ImcnetError):
 
     code = "worker_crashed"
 
-    def __init__(self) -> None:
-        super().__init__("The worker died or failed at every attempt.")
+
+class AttemptRefused(ImcnetError):
+    """The job is not this worker's to begin: an attempt at it lives, or it is a newer release's."""
 
 
 class JobTimedOut(ImcnetError):

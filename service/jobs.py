@@ -1,17 +1,24 @@
 """The job contract: one type per concept, shared by the API, the storage and the worker.
 
-``JobRecord`` is what was accepted (``job.json``), ``Outcome`` how it ended (``outcome.json``), ``QueueState``
-what Redis knows in between. :func:`describe` makes the public :class:`Job` of the three.
+``JobRecord`` is what was accepted (``job.json``), ``Attempt`` one go at it, ``Outcome`` how it ended
+(``outcome.json``), ``QueueState`` what Redis knows in between. :func:`describe` makes of them the public
+:class:`Job`.
+
+What is stored may be read by a process of the release before or after the one that wrote it, so it is read by
+:func:`read_stored`: fields that are not known are passed over, new ones have defaults, and a record that an
+older release would get wrong says so by a higher ``version``.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Annotated, Literal
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, computed_field
 
-from service.errors import PROBLEMS, ImcnetError, WorkerCrashed
+from service.errors import PROBLEMS, EngineFailed, ImcnetError, StorageFull, WorkerCrashed
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -22,6 +29,19 @@ def utc_now() -> datetime:
 
 class _Model(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Stored = TypeVar("Stored", bound=BaseModel)
+
+
+def read_stored(kind: type[Stored], path: Path) -> Stored:
+    """Read what a process of this release, the one before or the one after has stored.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        pydantic.ValidationError: It was made by neither.
+    """
+    return kind.model_validate_json(path.read_bytes(), extra="ignore")
 
 
 class JobStatus(StrEnum):
@@ -152,17 +172,47 @@ class Timings(_Model):
 class JobRecord(_Model):
     """``job.json``: the accepted job, written and synced before the client gets its 202."""
 
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1)] = 1
     id: str
     created_at: AwareDatetime
     options: JobOptions
     input: JobInput
 
 
+class AttemptRecord(_Model):
+    """``attempt.json``: who began an attempt. ``delivery`` names its lease in Redis."""
+
+    version: Annotated[int, Field(ge=1)] = 1
+    delivery: str
+    worker: str
+    started_at: AwareDatetime
+
+
+class AttemptEnd(StrEnum):
+    """Why an attempt ended without an outcome. A preempted one was given back, so it uses nothing up."""
+
+    LOST = "lost"  # its lease ran out: the worker is dead, or was silent for too long
+    CRASHED = "crashed"  # its process died or raised
+    ENGINE_FAILED = "engine_failed"
+    DAMAGED = "damaged"  # a finished span turned out to be damaged, and was thrown away
+    STORAGE_FULL = "storage_full"  # and no room even for the outcome: no other attempt will do better
+    PREEMPTED = "preempted"  # the worker was told to end
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attempt:
+    """An attempt at a job. While it lives, ``end`` is None and ``directory`` is its right to publish."""
+
+    number: int
+    end: AttemptEnd | None
+    directory: Path
+    record: AttemptRecord
+
+
 class Outcome(_Model):
     """``outcome.json``: how a job ended. Created exclusively, so whoever comes second did not decide."""
 
-    version: Literal[1] = 1
+    version: Annotated[int, Field(ge=1)] = 1
     status: Literal[JobStatus.SUCCEEDED, JobStatus.FAILED, JobStatus.CANCELED]
     finished_at: AwareDatetime
     started_at: AwareDatetime | None = None
@@ -212,25 +262,43 @@ class WorkerInfo(_Model):
 
 @dataclass(frozen=True, kw_only=True)
 class QueueState:
-    """What the queue knows of a job that has no outcome yet, or whose attempt is winding down."""
+    """What the queue knows of a job. ``leased``: a worker is at it; ``position`` counts from 1."""
 
-    running: bool
-    attempt: int = 0
-    started_at: datetime | None = None
+    leased: bool = False
     position: int | None = None
     progress: Progress = field(default_factory=Progress)
     workers_alive: int = 0
 
 
-def given_up(state: QueueState | None) -> Outcome:
-    """The outcome of a job that no attempt is left for; ``state`` is the last that the queue knew."""
-    state = state or QueueState(running=False)
+def failures(attempts: Sequence[Attempt]) -> int:
+    """How many of the attempts are used up."""
+    return sum(attempt.end not in (None, AttemptEnd.PREEMPTED) for attempt in attempts)
+
+
+def is_lost_cause(attempts: Sequence[Attempt], *, max_attempts: int) -> bool:
+    """Whether no further attempt is due."""
+    last_end = attempts[-1].end if attempts else None
+    return last_end is AttemptEnd.STORAGE_FULL or failures(attempts) >= max_attempts
+
+
+def given_up(attempts: Sequence[Attempt]) -> Outcome:
+    """The outcome of a job that no further attempt is due for, with what became of each."""
+    ends = ", ".join(f"{attempt.number}: {attempt.end}" for attempt in attempts)
+    diagnosis = f"No attempt at the job succeeded ({ends})."
+    error: ImcnetError
+    match attempts[-1].end:
+        case AttemptEnd.STORAGE_FULL:
+            error = StorageFull("The storage has no room for the masks.")
+        case AttemptEnd.ENGINE_FAILED:
+            error = EngineFailed(diagnosis)
+        case _:
+            error = WorkerCrashed(diagnosis)
     return Outcome(
         status=JobStatus.FAILED,
-        attempt=state.attempt,
-        started_at=state.started_at,
+        attempt=attempts[-1].number,
+        started_at=attempts[-1].record.started_at,
         finished_at=utc_now(),
-        error=Problem.of(WorkerCrashed()),
+        error=Problem.of(error),
     )
 
 
@@ -271,6 +339,7 @@ class Job(_Model):
 def describe(
     record: JobRecord,
     outcome: Outcome | None,
+    attempts: Sequence[Attempt],
     state: QueueState | None,
     *,
     retention: timedelta,
@@ -278,33 +347,35 @@ def describe(
 ) -> Job:
     """Make the public job of what storage and queue know of it.
 
-    The outcome decides wherever there is one. A job that the queue does not know (``state`` is None) and that
-    has no outcome is still promised, so it is shown as queued.
+    The outcome decides wherever there is one, else the last attempt: while it lives, the job is running.
+    Without ``state``, the job's place in the queue and its progress are not known.
     """
     url = f"{root_path}/jobs/{record.id}"
     links = Links(self=url, cancel=f"{url}/cancel", artifacts=f"{url}/artifacts")
+    state = state or QueueState(workers_alive=1)
     if outcome is None:
-        state = state or QueueState(running=False)
+        last = attempts[-1] if attempts else None
+        running = last is not None and last.end is None
         return Job(
             id=record.id,
-            status=JobStatus.RUNNING if state.running else JobStatus.QUEUED,
-            attempt=state.attempt,
-            queue_position=None if state.running else state.position,
-            progress=state.progress if state.running else Progress(),
+            status=JobStatus.RUNNING if running else JobStatus.QUEUED,
+            attempt=last.number if last else 0,
+            queue_position=None if running else state.position,
+            progress=state.progress if running else Progress(),
             input=record.input,
             options=record.options,
             artifacts=(),
             error=None,
-            warnings=() if state.running or state.workers_alive else (NO_WORKER,),
+            warnings=() if running or state.workers_alive else (NO_WORKER,),
             timings=None,
             model=None,
             created_at=record.created_at,
-            started_at=state.started_at,
+            started_at=last.record.started_at if last else None,
             finished_at=None,
             expires_at=None,
             links=links,
         )
-    letting_go = outcome.status is JobStatus.CANCELED and state is not None and state.running
+    letting_go = outcome.status is JobStatus.CANCELED and state.leased
     counted = (
         record.input if outcome.frames is None else record.input.model_copy(update={"frames": outcome.frames})
     )

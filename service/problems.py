@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import Match
 
-from service.errors import PROBLEMS, ImcnetError, InvalidRequest
+from service.errors import PROBLEMS, ImcnetError, InvalidRequest, StorageUnavailable
 from service.jobs import Problem
 
 logger = logging.getLogger(__name__)
@@ -86,8 +86,9 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(ImcnetError)
     async def known(request: Request, error: ImcnetError) -> Response:
-        if PROBLEMS[error.code].status in (None, HTTPStatus.INTERNAL_SERVER_ERROR):
-            logger.error("%s %s: %s", request.method, request.url.path, error.detail)
+        ours = isinstance(error, StorageUnavailable)
+        if ours or PROBLEMS[error.code].status in (None, HTTPStatus.INTERNAL_SERVER_ERROR):
+            logger.error("%s %s: %s", request.method, request.url.path, error.__cause__ or error.detail)
         return problem_response(error)
 
     @app.exception_handler(RequestValidationError)

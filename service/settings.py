@@ -33,8 +33,14 @@ class SharedSettings(BaseSettings):
         description="Uploads, jobs and artifacts; shared by the API and all workers.",
     )
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = Field(default="INFO", description="Log level.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="`text` for people, `json` for machines: one object a line."
+    )
     lease_seconds: PositiveInt = Field(
         default=30, description="A worker silent for this long loses its job to another one."
+    )
+    reconcile_seconds: PositiveFloat = Field(
+        default=5, description="How often jobs are looked for that nobody works at."
     )
     max_attempts: PositiveInt = Field(default=3, description="Attempts at a job whose worker or engine dies.")
     job_timeout_seconds: PositiveInt = Field(default=7200, description="Time limit of one attempt at a job.")

@@ -2,41 +2,58 @@
 
 ::
 
-    uploads/<name>.part        a body that is being received
-    jobs/<id>/job.json         the accepted job, synced before the 202
-             /source           the uploaded video
-             /attempt-<…>/     an attempt's; its artifacts count once an outcome names it
-             /outcome.json     how the job ended: created exclusively, so one attempt or cancel decides
-    tombstones/<id>            the job is gone (answers 410 until it is swept, then 404)
-    trash/                     what is being deleted
+    identity                    tells this directory from any other
+    uploads/<name>.part         a body that is being received
+    jobs/<id>/job.json          the accepted job, synced before the 202
+             /source            the uploaded video
+             /attempt-0002/     the attempt that lives: its drafts, and its right to publish
+             /ended-0001-lost/  one that does not, and why
+             /spans-<…>/        the finished parts of the job, which outlive attempts
+             /artifacts-0002/   an attempt's artifacts; they count once an outcome names them
+             /outcome.json      how the job ended: created exclusively, so one attempt or cancel decides
+    tombstones/<id>             the job is gone (answers 410 until it is swept, then 404)
+    trash/                      what is being made or deleted
 
-Every change is one rename or link, so no reader ever sees half of one.
+Every change is one rename or link, so no reader ever sees half of one. What an attempt publishes, it links
+or renames out of its own directory; to end an attempt is to rename that directory. So an attempt that was
+taken for dead and wakes up again can publish nothing, whatever it believes.
 """
 
 import errno
-import fcntl
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
 from uuid_utils.compat import uuid7
 
+from service.durable import clear, full_disk_is_storage_full, remove_older, sync, write_synced
 from service.errors import (
     ArtifactNotFound,
     ArtifactNotReady,
+    AttemptRefused,
     JobGone,
     JobNotFound,
     Misconfigured,
-    StorageFull,
 )
-from service.jobs import Artifact, JobRecord, JobStatus, Outcome
+from service.jobs import (
+    Artifact,
+    Attempt,
+    AttemptEnd,
+    AttemptRecord,
+    JobRecord,
+    JobStatus,
+    Outcome,
+    read_stored,
+    utc_now,
+)
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+_ATTEMPT = re.compile(r"attempt-(?P<number>\d{4,})|ended-(?P<ended>\d{4,})-(?P<end>[a-z_]+)")
+_NEWEST_RECORD = 1  # the highest version of job.json that this release gets right
 
 
 def new_job_id() -> str:
@@ -64,15 +81,28 @@ class JobStorage:
             for directory in (self.uploads, self._jobs, self._tombstones, self._trash):
                 directory.mkdir(parents=True, exist_ok=True)
             self.check_writable()
+            self._identify()
         except OSError as error:
             reason = f"The data directory {self.root} cannot be used: {error.strerror}."
             raise Misconfigured(reason) from error
+
+    @property
+    def identity(self) -> str:
+        """Equal for all who share this directory, and for nobody else."""
+        return (self.root / "identity").read_text()
+
+    def _identify(self) -> None:
+        draft = self._trash / f"identity-{uuid4()}"
+        write_synced(draft, str(uuid4()).encode())
+        with suppress(FileExistsError):
+            os.link(draft, self.root / "identity")
+        draft.unlink()
 
     def check_writable(self) -> None:
         """Raises: OSError: A file can be neither created nor synced."""
         probe = self.uploads / f"{uuid4()}.part"
         try:
-            _write_synced(probe, b"")
+            write_synced(probe, b"")
         finally:
             probe.unlink(missing_ok=True)
 
@@ -92,10 +122,10 @@ class JobStorage:
             StorageFull: The disk is full; the upload is still where it was.
         """
         staging = self._trash / f"accept-{record.id}"
-        with _full_disk_is_storage_full():
+        with full_disk_is_storage_full():
             staging.mkdir()
             try:
-                _write_synced(staging / "job.json", record.model_dump_json().encode())
+                write_synced(staging / "job.json", record.model_dump_json().encode())
                 upload.rename(staging / "source")
                 sync(staging)
                 staging.rename(self._jobs / record.id)
@@ -111,7 +141,7 @@ class JobStorage:
     def load(self, job_id: str) -> JobRecord:
         """Raises: JobNotFound: There never was such a job. JobGone: It has expired or was deleted."""
         try:
-            return JobRecord.model_validate_json((self._directory(job_id) / "job.json").read_bytes())
+            return read_stored(JobRecord, self._directory(job_id) / "job.json")
         except FileNotFoundError:
             if (self._tombstones / job_id).exists():
                 raise JobGone from None
@@ -120,23 +150,14 @@ class JobStorage:
     def outcome(self, job_id: str) -> Outcome | None:
         """How the job ended, or None while nothing is decided (or no such job exists)."""
         try:
-            return Outcome.model_validate_json((self._directory(job_id) / "outcome.json").read_bytes())
+            return read_stored(Outcome, self._directory(job_id) / "outcome.json")
         except FileNotFoundError:
             return None
 
-    def settled(self, job_id: str) -> bool:
-        """Whether there is nothing left to do: the job has an outcome, or was removed.
-
-        Raises:
-            JobNotFound: There never was such a job, here.
-        """
-        if (self._directory(job_id) / "outcome.json").exists():
-            return True
-        if (self._directory(job_id) / "job.json").exists():
-            return False
-        if (self._tombstones / job_id).exists():
-            return True
-        raise JobNotFound
+    def has_ended(self, job_id: str) -> bool:
+        """Whether there is nothing left to do: the job has an outcome, or is not there."""
+        directory = self._directory(job_id)
+        return (directory / "outcome.json").exists() or not (directory / "job.json").exists()
 
     def source(self, job_id: str) -> Path:
         """The uploaded video."""
@@ -146,6 +167,20 @@ class JobStorage:
         """All jobs, the newest first, from the one after ``before`` on."""
         names = sorted((e.name for e in os.scandir(self._jobs) if _UUID.fullmatch(e.name)), reverse=True)
         return (name for name in names if before is None or name < before)
+
+    def unfinished(self) -> Iterator[str]:
+        """The jobs without an outcome, the oldest first."""
+        return (job_id for job_id in reversed(list(self.job_ids())) if not self.has_ended(job_id))
+
+    def attempts(self, job_id: str) -> list[Attempt]:
+        """The attempts at a job, in their order; none once it has ended."""
+        found = []
+        with suppress(FileNotFoundError), os.scandir(self._directory(job_id)) as entries:
+            for entry in entries:
+                if match := _ATTEMPT.fullmatch(entry.name):
+                    with suppress(FileNotFoundError):  # renamed since the directory was listed
+                        found.append(_read_attempt(Path(entry.path), match))
+        return sorted(found, key=lambda attempt: attempt.number)
 
     def artifact(self, job_id: str, name: str) -> tuple[Artifact, Path]:
         """The published artifact of this name, and its file.
@@ -166,50 +201,132 @@ class JobStorage:
 
     # -- working and ending ------------------------------------------------------------------------------
 
-    @contextmanager
-    def attempt(self, job_id: str) -> Iterator[Path]:
-        """A directory of this attempt's own, removed at the end unless an outcome has published it.
+    def begin(self, job_id: str, *, delivery: str, worker: str) -> Attempt:
+        """Begin the next attempt at a job.
 
         Raises:
-            FileNotFoundError: The job has been deleted meanwhile.
+            JobNotFound, JobGone: As :meth:`load`.
+            AttemptRefused: There is nothing to begin: the job has ended, an attempt at it lives, or it was
+                accepted by a newer release, for one.
+            StorageFull: The disk is full.
         """
-        workspace = self._directory(job_id) / f"attempt-{uuid4()}"
-        workspace.mkdir()
+        if self.load(job_id).version > _NEWEST_RECORD:
+            raise AttemptRefused(f"Job {job_id} needs a newer release of the worker.")
+        if self.has_ended(job_id):
+            raise AttemptRefused(f"Job {job_id} has ended.")
+        attempts = self.attempts(job_id)
+        if attempts and attempts[-1].end is None:
+            raise AttemptRefused(f"Attempt {attempts[-1].number} at job {job_id} is under way.")
+        number = attempts[-1].number + 1 if attempts else 1
+        directory = self._directory(job_id) / f"attempt-{number:04d}"
+        record = AttemptRecord(delivery=delivery, worker=worker, started_at=utc_now())
+        draft = self._trash / f"attempt-{uuid4()}"
+        with full_disk_is_storage_full():
+            try:
+                draft.mkdir()
+                write_synced(draft / "attempt.json", record.model_dump_json().encode())
+                draft.rename(directory)  # fails if another worker was faster: a directory that is not empty
+            except FileNotFoundError as error:
+                raise JobGone from error
+            except FileExistsError as error:
+                raise AttemptRefused(f"Attempt {number} at job {job_id} is under way.") from error
+            except OSError as error:
+                if error.errno == errno.ENOTEMPTY:
+                    raise AttemptRefused(f"Attempt {number} at job {job_id} is under way.") from error
+                raise
+            finally:
+                clear(draft)
+        sync(directory.parent)
+        return Attempt(number=number, end=None, directory=directory, record=record)
+
+    def lives(self, attempt: Attempt) -> bool:
+        """Whether the attempt may still publish: it was not ended, nor the job settled or removed."""
+        return attempt.directory.exists() and not (attempt.directory.parent / "outcome.json").exists()
+
+    def spans(self, attempt: Attempt, key: str) -> Path:
+        """Where attempts that make equal bytes, as ``key`` says, share what is finished."""
+        return attempt.directory.parent / f"spans-{key}"
+
+    def end(self, attempt: Attempt, end: AttemptEnd) -> bool:
+        """End an attempt, whoever's it is. From now on it can publish nothing.
+
+        Returns:
+            Whether this call did it. False: it had ended before, or the job is gone.
+        """
+        grave = attempt.directory.with_name(f"ended-{attempt.number:04d}-{end}")
         try:
-            yield workspace
-        finally:
-            outcome = self.outcome(job_id)
-            if outcome is None or outcome.workspace != workspace.name:
-                shutil.rmtree(workspace, ignore_errors=True)
+            attempt.directory.rename(grave)
+        except FileNotFoundError:
+            return False
+        sync(grave.parent)
+        for entry in os.scandir(grave):
+            if entry.name != "attempt.json":
+                clear(Path(entry.path))
+        return True
+
+    def abandon(self, attempt: Attempt) -> None:
+        """Remove what is left of an attempt that was superseded, by whatever made it so."""
+        clear(attempt.directory)
+
+    def publish(self, attempt: Attempt, outcome: Outcome, *, keep_source: bool = False) -> bool:
+        """Decide by an attempt how its job ended, durably, if nobody has yet and the attempt lives.
+
+        A success publishes the artifacts in ``attempt.directory / "artifacts"``.
+
+        Returns:
+            Whether this call decided.
+        Raises:
+            StorageFull: The disk is full.
+        """
+        job = attempt.directory.parent
+        try:
+            if outcome.status is JobStatus.SUCCEEDED:
+                published = job / f"artifacts-{attempt.number:04d}"
+                (attempt.directory / "artifacts").rename(published)
+                sync(job)
+                outcome = outcome.model_copy(update={"workspace": published.name})
+            else:
+                _make_room(attempt)
+            return self._decide(job, attempt.directory / "outcome.json", outcome, keep_source=keep_source)
+        except FileNotFoundError:
+            return False
 
     def conclude(self, job_id: str, outcome: Outcome, *, keep_source: bool = False) -> bool:
-        """Decide how the job ended, durably, if nobody has yet.
+        """Decide from outside of any attempt how a job ended, durably, if nobody has yet.
 
         Returns:
             Whether this call decided. False: the job has an outcome already, or is gone.
+        Raises:
+            StorageFull: The disk is full.
         """
-        directory = self._directory(job_id)
-        if (directory / "outcome.json").exists():  # the usual way to lose, and on a full disk the only one
+        job = self._directory(job_id)
+        try:
+            return self._decide(job, job / f".outcome-{uuid4()}", outcome, keep_source=keep_source)
+        except FileNotFoundError:
             return False
-        draft = directory / f".outcome-{uuid4()}"
-        with _full_disk_is_storage_full():
+
+    def _decide(self, job: Path, draft: Path, outcome: Outcome, *, keep_source: bool) -> bool:
+        """Raises: FileNotFoundError: The directory of ``draft``, or ``job``, is not there any more."""
+        if (job / "outcome.json").exists():  # the usual way to lose, and on a full disk the only one
+            return False
+        with full_disk_is_storage_full():
             try:
-                _write_synced(draft, outcome.model_dump_json().encode())
-                os.link(draft, directory / "outcome.json")
-            except (FileExistsError, FileNotFoundError):
+                write_synced(draft, outcome.model_dump_json().encode())
+                os.link(draft, job / "outcome.json")
+            except FileExistsError:
                 return False
             finally:
                 draft.unlink(missing_ok=True)
-        with suppress(FileNotFoundError):  # removed already
-            sync(directory)
-            if not keep_source:
-                self.source(job_id).unlink(missing_ok=True)
-            for entry in list(os.scandir(directory)):  # an attempt that still runs finds out, and lets go
-                if entry.name.startswith("attempt-") and entry.name != outcome.workspace:
-                    shutil.rmtree(entry.path, ignore_errors=True)
+        sync(job)
+        _tidy(job, outcome, keep_source=keep_source)
         return True
 
     # -- removing ----------------------------------------------------------------------------------------
+
+    def tidy(self, job_id: str, outcome: Outcome, *, keep_source: bool = False) -> None:
+        """Remove what a job that has ended needs no more, had its worker died before it could."""
+        with suppress(FileNotFoundError):
+            _tidy(self._directory(job_id), outcome, keep_source=keep_source)
 
     def remove(self, job_id: str) -> None:
         """Take the job away with all its files, leaving a tombstone; one that is gone already is no error."""
@@ -223,9 +340,9 @@ class JobStorage:
 
     def sweep_leftovers(self, *, upload_idle_seconds: float, tombstone_seconds: float) -> None:
         """Remove what crashed processes left behind, and tombstones that have stood long enough."""
-        _remove_older(self.uploads, upload_idle_seconds)
-        _remove_older(self._trash, upload_idle_seconds)
-        _remove_older(self._tombstones, tombstone_seconds)
+        remove_older(self.uploads, upload_idle_seconds)
+        remove_older(self._trash, upload_idle_seconds)
+        remove_older(self._tombstones, tombstone_seconds)
 
     def _directory(self, job_id: str) -> Path:
         if not _UUID.fullmatch(job_id):  # also keeps "../" and NUL out of every path
@@ -233,49 +350,26 @@ class JobStorage:
         return self._jobs / job_id
 
 
-def sync(path: Path) -> None:
-    """Let a finished file, or a directory's entries, survive a crash of the machine."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _read_attempt(directory: Path, match: re.Match[str]) -> Attempt:
+    """Raises: FileNotFoundError: It has ended, or been removed, since it was found."""
+    end = match["end"]
+    return Attempt(
+        number=int(match["number"] or match["ended"]),
+        end=AttemptEnd(end) if end else None,
+        directory=directory,
+        record=read_stored(AttemptRecord, directory / "attempt.json"),
+    )
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with open(path, "xb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
+def _make_room(attempt: Attempt) -> None:
+    """Remove what an attempt that fails for good has made: the word of it may need the room."""
+    drafts = (path for path in attempt.directory.iterdir() if path.name != "attempt.json")
+    for path in (*drafts, *attempt.directory.parent.glob("spans-*")):
+        clear(path)
 
 
-def _remove_older(directory: Path, age_seconds: float) -> None:
-    deadline = time.time() - age_seconds
-    for entry in os.scandir(directory):
-        with suppress(FileNotFoundError):  # another sweeper was faster
-            if entry.stat().st_mtime >= deadline:
-                continue
-            if entry.is_dir():
-                shutil.rmtree(entry.path)
-            elif not _in_use(entry.path):
-                os.unlink(entry.path)
-
-
-def _in_use(path: str) -> bool:
-    """Whether somebody is writing to the file, however slowly: an upload locks what it receives."""
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
-
-
-@contextmanager
-def _full_disk_is_storage_full() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull("The storage has no room left.") from error
-        raise
+def _tidy(job: Path, outcome: Outcome, *, keep_source: bool) -> None:
+    needed = {"job.json", "outcome.json", outcome.workspace, "source" if keep_source else None}
+    for entry in list(os.scandir(job)):  # an attempt that still runs finds out, and lets go
+        if entry.name not in needed:
+            clear(Path(entry.path))

@@ -3,8 +3,9 @@
 import logging
 from datetime import timedelta
 
-from service.errors import JobGone, JobNotFound, QueueUnavailable
-from service.jobs import given_up, utc_now
+from pydantic import ValidationError
+
+from service.jobs import utc_now
 from service.queue import JobQueue
 from service.settings import ServiceSettings
 from service.storage import JobStorage
@@ -13,37 +14,28 @@ logger = logging.getLogger(__name__)
 
 
 def sweep(storage: JobStorage, queue: JobQueue, settings: ServiceSettings) -> None:
-    """Expire finished jobs, clear left-overs, and keep the promise of jobs that the queue has lost."""
+    """Expire finished jobs, and remove what nobody needs any more, on the disk and in Redis.
+
+    Raises:
+        QueueUnavailable: Redis cannot be reached; what is on the disk has been dealt with.
+    """
     storage.sweep_leftovers(
         upload_idle_seconds=2 * settings.upload_idle_seconds + settings.probe_timeout_seconds,
         tombstone_seconds=settings.tombstone_seconds,
     )
     expired_before = utc_now() - timedelta(seconds=settings.retention_seconds)
-    unfinished = []
     for job_id in storage.job_ids():
-        outcome = storage.outcome(job_id)
+        try:
+            outcome = storage.outcome(job_id)
+        except ValidationError:
+            logger.error("The outcome of job %s is damaged", job_id)
+            continue
         if outcome is None:
-            unfinished.append(job_id)
-        elif outcome.finished_at < expired_before:
+            continue
+        if outcome.finished_at < expired_before:
             storage.remove(job_id)
-    try:
-        for job_id in unfinished:
-            _keep_promise(job_id, storage, queue, keep_source=settings.keep_originals)
-    except QueueUnavailable as error:
-        logger.warning("%s", error.detail)
-
-
-def _keep_promise(job_id: str, storage: JobStorage, queue: JobQueue, *, keep_source: bool) -> None:
-    """Queue an accepted job that the queue does not know; end one that the queue has given up.
-
-    Raises:
-        QueueUnavailable: Redis cannot be reached.
-    """
-    try:
-        if queue.crashed(job_id):
-            storage.conclude(job_id, given_up(queue.state(job_id)), keep_source=keep_source)
-            queue.forget(job_id)
         else:
-            queue.submit(storage.load(job_id))
-    except (JobNotFound, JobGone):
-        return  # deleted meanwhile
+            storage.tidy(job_id, outcome, keep_source=settings.keep_originals)
+    for job_id in set(queue.known_jobs()):
+        if storage.has_ended(job_id):
+            queue.forget(job_id)

@@ -5,13 +5,12 @@ batch is being written nothing more is read, so that a slow disk slows the clien
 """
 
 import asyncio
-import errno
 import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable, Iterator
-from contextlib import AsyncExitStack, aclosing, contextmanager, suppress
+from collections.abc import AsyncGenerator, Callable
+from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -19,11 +18,11 @@ from typing import BinaryIO
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
+from service.disk import disk_errors_translated
 from service.errors import InvalidRequest, StorageFull
 from service.forms import FormBody, RawBody
 
 _BATCH_BYTES = 2**20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +60,7 @@ async def receive(
     Raises:
         InvalidRequest: ``unsupported_media_type``, ``upload_too_large``, ``request_timeout``,
             ``bad_request``, ``missing_video``, ``empty_file``.
-        StorageFull: The disk has no room for it.
+        StorageFull, StorageUnavailable: The disk has no room for it, or something else is wrong with it.
         starlette.requests.ClientDisconnect: The client has gone.
     """
     body = _body_of(request, max_form_field_bytes)
@@ -144,7 +143,10 @@ async def _in_thread(function: Callable[..., None], *arguments: object) -> None:
 
 
 class _NewFile:
-    """The file that is being received. All methods block; they raise StorageFull where the disk is full."""
+    """The file that is being received.
+
+    All methods block; all but ``discard`` raise StorageFull and StorageUnavailable where the disk refuses.
+    """
 
     def __init__(self, path: Path, reserve_bytes: int) -> None:
         self._path = path
@@ -158,15 +160,15 @@ class _NewFile:
         return self._sha256.hexdigest()
 
     def open(self, wanted_bytes: int) -> None:
-        self._check_room(wanted_bytes)
-        with _full_disk_told():
+        with disk_errors_translated():
+            self._check_room(wanted_bytes)
             self._file = self._path.open("xb")
-        fcntl.flock(self._file, fcntl.LOCK_EX)  # keeps the sweeper away from a slow upload
+            fcntl.flock(self._file, fcntl.LOCK_EX)  # keeps the sweeper away from a slow upload
 
     def write(self, data: bytearray) -> None:
         assert self._file is not None
-        self._check_room(len(data))  # other uploads write as well, and a chunked body declares no size
-        with _full_disk_told():
+        with disk_errors_translated():
+            self._check_room(len(data))  # other uploads write as well, and a chunked body declares no size
             self._file.write(data)
         self._sha256.update(data)
         self.size += len(data)
@@ -174,7 +176,7 @@ class _NewFile:
     def close(self) -> None:
         """Make the file last."""
         assert self._file is not None
-        with _full_disk_told(), self._file:
+        with disk_errors_translated(), self._file:
             self._file.flush()
             os.fsync(self._file.fileno())
 
@@ -183,18 +185,9 @@ class _NewFile:
             return
         with suppress(OSError):  # what is still buffered may find no room either
             self._file.close()
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # then the sweeper removes it
+            self._path.unlink(missing_ok=True)
 
     def _check_room(self, wanted_bytes: int) -> None:
         if shutil.disk_usage(self._path.parent).free < wanted_bytes + self._reserve_bytes:
             raise StorageFull("The disk has no room for the upload.")
-
-
-@contextmanager
-def _full_disk_told() -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in _NO_ROOM:
-            raise StorageFull("The disk has no room for the upload.") from error
-        raise

@@ -10,13 +10,18 @@ import pytest
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TORCH_FREE_SERVICE = {
+    "service.broker",
+    "service.durable",
     "service.errors",
     "service.jobs",
+    "service.logs",
     "service.media",
     "service.processes",
     "service.queue",
+    "service.reconciliation",
     "service.settings",
     "service.storage",
+    "service.tally",
 }
 
 

@@ -103,8 +103,8 @@ class VideoReader:
     ) -> None:
         self._stack.close()
 
-    def __iter__(self) -> Iterator[VideoFrame]:
-        """Decode frame after frame.
+    def frames_from(self, first: int) -> Iterator[VideoFrame]:
+        """Decode frame after frame, and yield those from ordinal ``first`` on; the others are only inspected.
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
@@ -118,10 +118,15 @@ class VideoReader:
                 )
             self._inspect(frame)
             self.frames += 1
-            yield VideoFrame(self._image(frame), frame.pts, self._decoder.seconds(frame.pts))
+            if self.frames > first:
+                yield VideoFrame(self._image(frame), frame.pts, self._decoder.seconds(frame.pts))
         self._check_complete()
         self._check_damage()
         self._check_count()
+
+    def __iter__(self) -> Iterator[VideoFrame]:
+        """All frames, as :meth:`frames_from`."""
+        return self.frames_from(0)
 
     def _check_complete(self) -> None:
         """Raises: UnusableVideo: ``truncated_input``."""

@@ -11,10 +11,12 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Connection, Listener
 from typing import TextIO
 
 import numpy as np
+import structlog
 import torch
 
 from model.errors import ModelError
@@ -22,21 +24,28 @@ from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
 from model.weights import file_sha256, load_weights
 from service.jobs import ModelInfo
+from service.logs import configure_logging
 from service.processes import die_with_parent
+from service.settings import SharedSettings
 from worker.protocol import (
     DONE,
     FAILURE,
+    OUT_OF_MEMORY,
+    PING,
     TAKEN,
     EngineConfig,
     EngineReady,
     EngineRefused,
     Frame,
-    StreamDone,
     StreamRequest,
     pack_mask,
 )
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("worker.engine")  # run as a module, its own name is another
+
+# What a bare RuntimeError says: of PyTorch's allocator for the CPU, and of CUDA outside of PyTorch's.
+_OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+_BACKLOG = 16  # connections that wait while a stream is served: the next one, and signs of life
 
 
 def main(argument: str) -> int:
@@ -53,9 +62,15 @@ def main(argument: str) -> int:
         _tell(greeting, EngineRefused(reason=str(error)))
         return 2
     _warm_up(segmenter)
-    with Listener(str(config.socket), "AF_UNIX") as listener:
-        load_s = time.monotonic() - started
-        _tell(greeting, EngineReady(device=str(segmenter.device), load_s=load_s, model=model))
+    with Listener(str(config.socket), "AF_UNIX", _BACKLOG) as listener:
+        ready = EngineReady(
+            device=str(segmenter.device),
+            input_size=segmenter.input_size,
+            margin_frames=segmenter.layout.margin,
+            load_s=time.monotonic() - started,
+            model=model,
+        )
+        _tell(greeting, ready)
         while True:
             with listener.accept() as connection:
                 _serve(connection, segmenter)
@@ -90,16 +105,37 @@ def _tell(greeting: TextIO, message: EngineReady | EngineRefused) -> None:
 
 
 def _serve(connection: Connection, segmenter: Segmenter) -> None:
-    """Serve one stream. A horse that hangs up is no error: its job was canceled, or it died."""
+    """Serve one stream, or give a sign of life."""
     try:
-        request = StreamRequest.model_validate_json(connection.recv_bytes())
+        message = connection.recv_bytes()
+        if message == PING:
+            connection.send_bytes(PING)
+            return
+        request = StreamRequest.model_validate_json(message)
+        with structlog.contextvars.bound_contextvars(job=request.job_id, attempt=request.attempt):
+            _answer(connection, segmenter, request)
+    except (EOFError, ConnectionError):  # before it said what it wants
+        return
+
+
+def _answer(connection: Connection, segmenter: Segmenter, request: StreamRequest) -> None:
+    """Raises: Exception: The network failed. A horse that hangs up is none: its job is over, or it died."""
+    try:
         _segment(connection, segmenter, request)
     except (EOFError, ConnectionError):
         logger.info("The stream was dropped")
     except Exception as error:
         logger.exception("The stream failed")
-        connection.send_bytes(FAILURE + f"{type(error).__name__}: {error}".encode())
+        kind = OUT_OF_MEMORY if _is_out_of_memory(error) else FAILURE
+        with suppress(ConnectionError):  # the engine ends, whether there is somebody to tell or not
+            connection.send_bytes(kind + f"{type(error).__name__}: {error}".encode())
         raise
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
+        isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY_SIGNS)
+    )
 
 
 def _segment(connection: Connection, segmenter: Segmenter, request: StreamRequest) -> None:
@@ -121,16 +157,17 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
         frames(),
         threshold=request.threshold,
         output_size=(request.mask_height, request.mask_width),
+        start=request.start,
         quality=request.quality,
     )
     for mask in masks:
         began = time.monotonic()
-        connection.send_bytes(pack_mask(mask))
+        connection.send_bytes(pack_mask(mask, began - started - waited))
         waited += time.monotonic() - began
-    done = StreamDone(inference_s=time.monotonic() - started - waited)
-    connection.send_bytes(DONE + done.model_dump_json().encode())
+    connection.send_bytes(DONE)
 
 
 if __name__ == "__main__":
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s engine: %(message)s")
+    settings = SharedSettings()
+    configure_logging(settings.log_level, settings.log_format)
     sys.exit(main(sys.argv[1]))

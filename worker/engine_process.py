@@ -1,6 +1,7 @@
 """The worker's and the horse's side of the engine. No torch in here."""
 
 import contextlib
+import itertools
 import logging
 import os
 import select
@@ -25,12 +26,13 @@ from worker.decode import VideoFrame
 from worker.protocol import (
     DONE,
     MASK,
+    OUT_OF_MEMORY,
+    PING,
     TAKEN,
     EngineConfig,
     EngineReady,
     EngineRefused,
     Mask,
-    StreamDone,
     StreamRequest,
 )
 from worker.settings import WorkerSettings
@@ -76,6 +78,22 @@ class EngineProcess:
             return
         if self._process is not None:
             logger.warning("The engine (pid %d) is dead; starting a new one", self._process.pid)
+        self._start()
+
+    def is_idle(self, timeout_seconds: float) -> bool:
+        """Whether the engine gives a sign of life within that time: one at work serves its stream first."""
+        try:
+            with Client(str(self.socket), "AF_UNIX") as connection:
+                connection.send_bytes(PING)
+                return connection.poll(timeout_seconds) and connection.recv_bytes() == PING
+        except (OSError, EOFError):
+            return False
+
+    def replace(self) -> None:
+        """Start another engine in place of this one. Raises: as :meth:`ensure_running`."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.wait()
         self._start()
 
     def stop(self) -> None:
@@ -155,7 +173,7 @@ class EngineStream:
         self.inference_s = 0.0
 
     def segment(self, frames: Iterable[VideoFrame], request: StreamRequest) -> Iterator[SegmentedFrame]:
-        """Send all ``frames`` through the engine and yield them with their masks, in order.
+        """Send all ``frames`` through the engine and yield those that get masks with them, in order.
 
         Raises:
             EngineFailed: The engine died, hung or reported an error. It is dead now; the worker sees that and
@@ -179,7 +197,7 @@ class EngineStream:
         try:
             connection.send_bytes(request.model_dump_json().encode())
             iterator = iter(frames)
-            while True:
+            for index in itertools.count():
                 began = time.monotonic()
                 self._decoding = True
                 frame = next(iterator, None)
@@ -188,7 +206,8 @@ class EngineStream:
                 self.decode_s += self._last_activity - began
                 if frame is None:
                     break
-                self._pending.append(frame)
+                if index >= request.start:
+                    self._pending.append(frame)
                 connection.send_bytes(frame.image.data.cast("B"))
                 self._last_activity = time.monotonic()
             connection.send_bytes(b"")
@@ -207,13 +226,14 @@ class EngineStream:
             self._last_activity = time.monotonic()
             kind, body = message[:1], message[1:]
             if kind == MASK:
-                yield SegmentedFrame(frame=self._pending.popleft(), mask=request.parse_mask(body))
+                mask, self.inference_s = request.parse_mask(body)
+                yield SegmentedFrame(frame=self._pending.popleft(), mask=mask)
             elif kind == DONE:
-                self.inference_s = StreamDone.model_validate_json(body).inference_s
                 return
             elif kind != TAKEN:
                 logger.error("The engine failed: %s", body.decode(errors="replace"))
-                raise EngineFailed("The segmentation engine failed on this video.")
+                what = "ran out of memory" if kind == OUT_OF_MEMORY else "failed on this video"
+                raise EngineFailed(f"The segmentation engine {what}.")
 
     def _wait(self, connection: Connection) -> None:
         """Return as soon as there is a message to read."""

@@ -1,32 +1,37 @@
 """The worker: RQ's, with an engine beside it that outlives its jobs. No torch in here.
 
-Of RQ as little as possible is overridden: a live engine before each job, leases of our own length, a SIGTERM
-that gives the running job back, and an outcome for jobs that RQ gives up.
+Of RQ as little as possible is overridden: a live engine before each job, leases by Redis' clock, a SIGTERM
+that gives the running job back, and no recovery of RQ's own: its retries and clean-ups go by the clocks of
+clients and know nothing of the storage. What a dead horse has left is handed on by its worker, and what a
+dead worker has left by reconciliation.
 """
 
 import logging
 import os
 import signal
 import socket
+import time
 from contextlib import suppress
 from types import FrameType
 from typing import Any
 from uuid import uuid4
 
+import structlog
 from redis import Redis
 from redis.exceptions import RedisError
 from rq import Queue, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
 from rq.job import Job as RqJob
-from rq.registry import clean_registries
 from rq.serializers import JSONSerializer
 from rq.utils import now
 
-from service.errors import ImcnetError, QueueUnavailable
-from service.jobs import WorkerInfo, given_up
+from service.broker import connect
+from service.errors import ImcnetError, Misconfigured, QueueUnavailable, StorageFull
+from service.jobs import AttemptEnd, WorkerInfo
 from service.processes import die_with_parent
-from service.queue import QUEUE_NAME, JobQueue, connect
+from service.queue import QUEUE_NAME, JobQueue
+from service.reconciliation import Reconciliation
 from service.storage import JobStorage
 from worker import tasks
 from worker.engine_process import EngineProcess
@@ -34,7 +39,7 @@ from worker.settings import WorkerSettings
 
 logger = logging.getLogger(__name__)
 
-_MAINTENANCE_SECONDS = 10
+_REDIS_RETRY_SECONDS = 1.0
 
 
 def run(settings: WorkerSettings) -> int:
@@ -54,16 +59,23 @@ def run(settings: WorkerSettings) -> int:
     storage.prepare()
     queue = JobQueue(
         connect(url, timeout_seconds=settings.redis_timeout_seconds),
+        lease_seconds=settings.lease_seconds,
         job_timeout_seconds=settings.job_timeout_seconds,
-        max_attempts=settings.max_attempts,
     )
-    queue.ping()
+    if queue.storage() not in (None, storage.identity):
+        raise Misconfigured(f"{settings.data_dir} is not the data directory that the API uses.")
+    promises = Reconciliation(
+        storage=storage,
+        queue=queue,
+        max_attempts=settings.max_attempts,
+        keep_source=settings.keep_originals,
+    )
     engine = EngineProcess(settings)
     try:
         engine.ensure_running()
-        worker = GpuWorker(
-            Redis.from_url(url), settings=settings, storage=storage, queue=queue, engine=engine
-        )
+        # RQ makes the timeout longer than it waits for a job.
+        connection = connect(url, timeout_seconds=settings.redis_timeout_seconds)
+        worker = GpuWorker(connection, settings=settings, promises=promises, engine=engine)
         worker.work(logging_level="WARNING")  # at INFO, RQ tells of its maintenance every few seconds
     finally:
         engine.stop()
@@ -82,8 +94,7 @@ class GpuWorker(Worker):
         connection: Redis,
         *,
         settings: WorkerSettings,
-        storage: JobStorage,
-        queue: JobQueue,
+        promises: Reconciliation,
         engine: EngineProcess,
     ) -> None:
         super().__init__(
@@ -92,22 +103,23 @@ class GpuWorker(Worker):
             connection=connection,
             serializer=JSONSerializer,
             worker_ttl=20,  # RQ waits 15 s less than this for a job before it looks around
-            maintenance_interval=max(1, settings.lease_seconds // 3),
+            maintenance_interval=max(1, round(settings.reconcile_seconds)),
             job_monitoring_interval=max(1, settings.lease_seconds // 3),
             log_job_description=False,
         )
         self._settings = settings
-        self._storage = storage
-        self._job_queue = queue
+        self._promises = promises
+        self._job_queue = promises.queue
         self._engine = engine
         self.log_result_lifespan = False
+        structlog.contextvars.bind_contextvars(worker=self.name)
         self.engine_error: ImcnetError | None = None
 
     @property
     def told_to_stop(self) -> bool:
         return self._shutdown_requested_date is not None
 
-    # -- a live engine before each job -------------------------------------------------------------------
+    # -- one delivery ------------------------------------------------------------------------------------
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
         self._ensure_engine()  # after a job that killed it, before waiting for the next one
@@ -115,32 +127,73 @@ class GpuWorker(Worker):
 
     def execute_job(self, job: RqJob, queue: Queue) -> None:
         self._ensure_engine()
+        job_id: str = job.args[0]
         tasks.workplace = tasks.Workplace(
             settings=self._settings,
-            storage=self._storage,
-            queue=self._job_queue,
+            promises=self._promises,
+            worker_name=self.name,
+            delivery=job.id,
             engine_socket=self._engine.socket,
             engine_pid=self._engine.pid,
-            model=self._engine.ready.model,
+            engine=self._engine.ready,
         )
-        super().execute_job(job, queue)
+        with structlog.contextvars.bound_contextvars(job=job_id):
+            try:
+                super().execute_job(job, queue)
+            except RedisError as error:
+                # RQ would end the worker, and with it a job that needs no Redis to finish.
+                logger.warning("Redis does not answer (%s)", type(error).__name__)
+                self._reap_horse()
+            self._close(job_id, delivery=job.id)
+        self._wait_for_redis()
 
     def _ensure_engine(self) -> None:
+        """Have an engine that is alive, and not at work for a job that is over."""
         try:
             self._engine.ensure_running()
+            if not self._engine.is_idle(self._settings.engine_release_seconds):
+                logger.warning("The engine does not let go of the last job; starting a new one")
+                self._engine.replace()
         except ImcnetError as error:
             self.engine_error = error
             raise StopRequested from error  # anything else RQ would log with a traceback and forget
 
+    def _reap_horse(self) -> None:
+        with suppress(ChildProcessError):
+            self.wait_for_horse()
+        self._horse_pid = 0
+
+    def _close(self, job_id: str, *, delivery: str) -> None:
+        """Hand on an attempt whose horse died without a word, and clear the delivery away."""
+        try:
+            for attempt in self._promises.storage.attempts(job_id):
+                if attempt.end is None and attempt.record.delivery == delivery:
+                    logger.warning("The horse of attempt %d has died", attempt.number)
+                    self._promises.hand_on(job_id, attempt, AttemptEnd.CRASHED)
+            self._job_queue.discard(delivery)
+            if self._promises.storage.has_ended(job_id):
+                self._job_queue.forget(job_id)
+        except (QueueUnavailable, StorageFull, OSError) as error:
+            logger.warning("The job is left to reconciliation: %s", error)
+
+    def _wait_for_redis(self) -> None:
+        """RQ would end the worker, and lose a warm engine, where Redis is away between two jobs."""
+        while not self.told_to_stop:
+            try:
+                return self._job_queue.ping()
+            except QueueUnavailable:
+                time.sleep(_REDIS_RETRY_SECONDS)
+        raise StopRequested
+
     # -- leases ------------------------------------------------------------------------------------------
 
     def clean_registries(self) -> None:
-        """As RQ does it, under a lock of seconds: RQ's outlives a killed worker by a quarter of an hour."""
-        if self.connection.set("imcnet:maintenance", self.name, nx=True, ex=_MAINTENANCE_SECONDS):
-            for queue in self.queues:
-                clean_registries(queue, self._exc_handlers)
-                worker_registration.clean_worker_registry(queue)
-                queue.intermediate_queue.cleanup(self, queue)
+        """Reconcile, in place of RQ's own recovery."""
+        worker_registration.clean_worker_registry(self.queues[0])
+        try:
+            self._promises.run(interval_seconds=self._settings.reconcile_seconds)
+        except QueueUnavailable as error:
+            logger.warning("%s", error.detail)
         self.last_cleaned_at = now()  # type: ignore[assignment] # RQ declares it as None
 
     def get_heartbeat_ttl(self, job: RqJob, working_time: float = 0.0) -> int:
@@ -149,13 +202,13 @@ class GpuWorker(Worker):
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         super().heartbeat(timeout, pipeline)
         with suppress(QueueUnavailable):
-            self._job_queue.announce(self._info(), lease_seconds=self._settings.lease_seconds)
+            self._job_queue.announce(self._info())
 
     def maintain_heartbeats(self, job: RqJob, execution: Execution) -> None:
         try:
+            self._job_queue.renew(job.args[0], job.id, self.name)
             super().maintain_heartbeats(job, execution)
-        except RedisError as error:
-            # RQ would end the worker, and with it a job that needs no Redis to finish.
+        except (QueueUnavailable, RedisError) as error:
             logger.warning("No heartbeat: Redis does not answer (%s)", type(error).__name__)
 
     # -- stopping ----------------------------------------------------------------------------------------
@@ -164,6 +217,10 @@ class GpuWorker(Worker):
         if self.horse_pid:
             with suppress(ProcessLookupError):
                 os.kill(self.horse_pid, signal.SIGTERM)
+
+    def set_shutdown_requested_date(self) -> None:
+        with suppress(RedisError):  # it is for RQ's own monitoring
+            super().set_shutdown_requested_date()
 
     def fork_work_horse(self, job: RqJob, queue: Queue) -> None:
         super().fork_work_horse(job, queue)
@@ -182,18 +239,6 @@ class GpuWorker(Worker):
         with suppress(QueueUnavailable, RedisError):  # what is not unregistered expires
             self._job_queue.renounce(self.name)
             super().teardown()
-
-    # -- jobs that RQ gives up ---------------------------------------------------------------------------
-
-    def handle_job_failure(self, job: RqJob, queue: Queue, *args: Any, **kwargs: Any) -> None:
-        """Where no attempt is left, the job gets its outcome; the task itself may have left a better one."""
-        no_attempt_left = not job.should_retry
-        super().handle_job_failure(job, queue, *args, **kwargs)
-        if no_attempt_left:
-            state = None
-            with suppress(QueueUnavailable):
-                state = self._job_queue.state(job.id)
-            self._storage.conclude(job.id, given_up(state), keep_source=self._settings.keep_originals)
 
     def _info(self) -> WorkerInfo:
         ready = self._engine.ready

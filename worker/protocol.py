@@ -2,10 +2,11 @@
 
 One connection is one stream. The horse sends a :class:`StreamRequest` as JSON, then one message per frame
 (its raw bytes), then an empty message. The engine answers with messages of a one-byte kind and a body: a sign
-for every message that it takes, a mask per frame, in order, and at the end :class:`StreamDone`; or a failure,
-after which it ends.
+for every message that it takes, a mask per frame from ``start`` on, in order, and a sign that these were all;
+or a failure, after which it ends. In place of a request, :data:`PING` asks for a sign of life.
 """
 
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from pydantic import BaseModel, ConfigDict
 
 from service.jobs import ModelInfo, Quality
 
-TAKEN, MASK, DONE, FAILURE = b"t", b"m", b"d", b"f"
+PING = b"ping"
+TAKEN, MASK, DONE, FAILURE, OUT_OF_MEMORY = b"t", b"m", b"d", b"f", b"o"
+
+_SECONDS = struct.Struct("<d")
 
 Frame = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -37,9 +41,14 @@ class EngineConfig(_Message):
 
 
 class EngineReady(_Message):
-    """An engine has loaded its model and listens. ``device`` is what ``auto`` turned out to be."""
+    """An engine has loaded its model and listens. ``device`` is what ``auto`` turned out to be.
+
+    A window reaches ``margin_frames`` to each side of the frame that is segmented.
+    """
 
     device: str
+    input_size: int
+    margin_frames: int
     load_s: float
     model: ModelInfo
 
@@ -51,32 +60,37 @@ class EngineRefused(_Message):
 
 
 class StreamRequest(_Message):
-    """Frames of ``height`` × ``width`` pixels come, masks of ``mask_height`` × ``mask_width`` are wanted."""
+    """Frames of ``height`` × ``width`` pixels come, masks of ``mask_height`` × ``mask_width`` are wanted.
 
+    The first ``start`` frames are context, and get no mask. Job and attempt are for the log.
+    """
+
+    job_id: str
+    attempt: int
     height: int
     width: int
     mask_height: int
     mask_width: int
     threshold: float
     quality: Quality
+    start: int
 
     def parse_frame(self, message: bytes) -> Frame:
         """``(height, width, 3)`` uint8. Raises: ValueError: The message has another size."""
         return np.frombuffer(message, np.uint8).reshape(self.height, self.width, 3)
 
-    def parse_mask(self, body: bytes) -> Mask:
-        """``(mask_height, mask_width)`` bool."""
+    def parse_mask(self, body: bytes) -> tuple[Mask, float]:
+        """``(mask_height, mask_width)`` bool, and the seconds as :func:`pack_mask` has them."""
+        (inference_s,) = _SECONDS.unpack_from(body)
         count = self.mask_height * self.mask_width
-        bits = np.unpackbits(np.frombuffer(body, np.uint8), count=count)
-        return bits.reshape(self.mask_height, self.mask_width).view(np.bool_)
+        bits = np.unpackbits(np.frombuffer(body, np.uint8, offset=_SECONDS.size), count=count)
+        return bits.reshape(self.mask_height, self.mask_width).view(np.bool_), inference_s
 
 
-class StreamDone(_Message):
-    """All masks are sent. ``inference_s`` counts the work alone, without waiting for frames or the reader."""
+def pack_mask(mask: Mask, inference_s: float) -> bytes:
+    """The message of a mask: eight pixels a byte, rows run on.
 
-    inference_s: float
-
-
-def pack_mask(mask: Mask) -> bytes:
-    """The message of a mask: eight pixels a byte, rows run on."""
-    return MASK + np.packbits(mask).tobytes()
+    Args:
+        inference_s: What the stream has cost so far, without waiting for frames or the reader.
+    """
+    return MASK + _SECONDS.pack(inference_s) + np.packbits(mask).tobytes()

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pydantic import Field, NonNegativeInt, PositiveFloat
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from service.settings import SharedSettings
 
@@ -26,6 +26,13 @@ class WorkerSettings(SharedSettings):
     )
     engine_start_seconds: PositiveFloat = Field(
         default=180, description="Time limit for loading the model onto the device."
+    )
+    span_frames: PositiveInt = Field(
+        default=256,
+        description="Frames after which what is done is stored, for another attempt to go on.",
+    )
+    engine_release_seconds: PositiveFloat = Field(
+        default=15, description="An engine still at work for a job that is over after this long is replaced."
     )
     engine_stall_seconds: PositiveFloat = Field(
         default=120,

@@ -11,7 +11,20 @@ from typing import Annotated, NoReturn
 import typer
 
 from model.errors import ModelError
-from service.cli import ablate, check, demo, evaluate, pretrain, segment, serve, train, up, weights
+from service.cli import (
+    ablate,
+    check,
+    demo,
+    doctor,
+    evaluate,
+    jobs,
+    pretrain,
+    segment,
+    serve,
+    train,
+    up,
+    weights,
+)
 from service.errors import EngineFailed, ImcnetError, QueueUnavailable
 
 app = typer.Typer(
@@ -25,6 +38,8 @@ app.command("up")(up.up)
 app.command("serve")(serve.serve)
 app.command("worker")(serve.worker)
 app.command("check")(check.check)
+app.command("doctor")(doctor.doctor)
+app.add_typer(jobs.app, name="jobs")
 app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)

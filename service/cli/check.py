@@ -8,9 +8,10 @@ from urllib.error import HTTPError
 
 import typer
 
+from service.broker import connect
 from service.cli.serve import http_url
 from service.cli.settings import read_settings
-from service.queue import JobQueue, connect
+from service.queue import JobQueue
 from service.settings import ServiceSettings, SharedSettings
 
 _TIMEOUT_SECONDS = 5.0

@@ -1,7 +1,6 @@
 """`imcnet serve` and `imcnet worker`: one part of the service each, for a terminal or a container."""
 
 import contextlib
-import logging
 import os
 import socket
 import subprocess
@@ -15,6 +14,7 @@ import typer
 
 from service.cli.settings import read_settings
 from service.errors import Misconfigured, QueueUnavailable
+from service.logs import configure_logging
 from service.settings import ServiceSettings
 from service.supervisor import Child, Supervisor
 from worker.settings import WorkerSettings
@@ -36,7 +36,7 @@ def serve(host: HostOption = None, port: PortOption = None) -> None:
     from service.cli.server import Server
 
     settings = read_settings(ServiceSettings, host=host, port=port)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
     server = Server(create_app(settings), settings)
     with _listen(settings.host, settings.port) as listener:
@@ -58,7 +58,7 @@ def worker(
     if device is not None and devices is not None:
         raise Misconfigured("Give --device for one worker or --devices for several, not both.")
     settings = read_settings(WorkerSettings, device=device, weights=weights)
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     if devices is not None:
         names = _all_gpus() if devices == "all" else devices.split(",")
         raise typer.Exit(Supervisor([[_worker_child(name, weights) for name in names]]).run())
@@ -86,10 +86,6 @@ def http_url(host: str, port: int) -> str:
     return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
 
 
-def configure_logging(level: str) -> None:
-    logging.basicConfig(level=level, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-
-
 def _listen(host: str, port: int) -> socket.socket:
     # We bind, not uvicorn: it would only log what is wrong, and that after it has started the application.
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
@@ -115,7 +111,7 @@ def check_redis(url: str, *, timeout_seconds: float) -> None:
         Misconfigured: ``url`` is no address of a Redis.
         QueueUnavailable: Nothing answers there.
     """
-    from service.queue import connect
+    from service.broker import connect
 
     client = connect(url, timeout_seconds=timeout_seconds)
     try:

@@ -5,6 +5,7 @@ from types import FrameType
 import uvicorn
 from fastapi import FastAPI
 
+from service.logs import RequestContext
 from service.services import Services
 from service.settings import ServiceSettings
 
@@ -16,7 +17,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: FastAPI, settings: ServiceSettings) -> None:
         config = uvicorn.Config(
-            app,
+            RequestContext(app),
             root_path=settings.root_path,  # and not FastAPI's: only the server puts it back before the path
             log_config=None,
             log_level=settings.log_level.lower(),

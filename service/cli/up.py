@@ -18,13 +18,13 @@ from service.cli.serve import (
     PortOption,
     WeightsOption,
     check_redis,
-    configure_logging,
     http_url,
     imcnet_command,
     worker_arguments,
 )
 from service.cli.settings import read_settings, require_weights
 from service.embedded import EmbeddedRedis
+from service.logs import configure_logging
 from service.settings import ServiceSettings
 from service.supervisor import Child, Supervisor
 from worker.settings import WorkerSettings
@@ -41,7 +41,7 @@ def up(
     """Run API, worker and, unless IMCNET_REDIS_URL is set, a private Redis."""
     settings = read_settings(ServiceSettings, host=host, port=port)
     require_weights(read_settings(WorkerSettings, weights=weights, device=device))
-    configure_logging(settings.log_level)
+    configure_logging(settings.log_level, settings.log_format)
     if settings.redis_url is not None:
         check_redis(settings.redis_url, timeout_seconds=settings.redis_timeout_seconds)
     api = Api(settings.host, settings.port or free_port(settings.host))

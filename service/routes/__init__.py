@@ -2,10 +2,11 @@
 
 from fastapi import APIRouter
 
-from service.routes import artifacts, create, health, jobs
+from service.routes import artifacts, create, health, jobs, metrics
 
 router = APIRouter()
 router.include_router(create.router, tags=["jobs"])
 router.include_router(jobs.router, tags=["jobs"])
 router.include_router(artifacts.router, tags=["artifacts"])
 router.include_router(health.router, tags=["service"])
+router.include_router(metrics.router)

@@ -1,11 +1,16 @@
 """``/jobs/{id}/artifacts``: what a succeeded job has published."""
 
+from io import BufferedReader
+
 from fastapi import APIRouter, Request, Response
 
+from service.disk import disk_errors_translated
 from service.downloads import ArtifactResponse
-from service.jobs import PublishedArtifact
+from service.errors import ArtifactDamaged, ArtifactNotReady
+from service.jobs import Artifact, PublishedArtifact
 from service.problems import documented
 from service.services import ServicesDep
+from service.storage import JobStorage
 
 _FILE = {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}}
 
@@ -35,11 +40,26 @@ def list_artifacts(services: ServicesDep, job_id: str) -> tuple[PublishedArtifac
             "job_gone",
             "artifact_not_ready",
             "range_not_satisfiable",
+            "artifact_damaged",
+            "storage_unavailable",
         ),
     },
 )
 @router.head("/jobs/{job_id}/artifacts/{name}", include_in_schema=False)
 def get_artifact(request: Request, services: ServicesDep, job_id: str, name: str) -> Response:
-    """Download an artifact, whole or in ranges. Its `ETag` is its SHA-256."""
-    artifact, path = services.storage.artifact(job_id, name)
-    return ArtifactResponse(artifact, path, if_none_match=request.headers.get("if-none-match"))
+    """Download an artifact, whole or in ranges. Its `ETag` is its SHA-256, and holds for what is sent."""
+    artifact, file = _open(services.storage, job_id, name)
+    return ArtifactResponse(artifact, file, if_none_match=request.headers.get("if-none-match"))
+
+
+def _open(storage: JobStorage, job_id: str, name: str) -> tuple[Artifact, BufferedReader]:
+    """Raises: As :meth:`JobStorage.artifact`, and ArtifactDamaged: The file is missing."""
+    with disk_errors_translated():
+        try:
+            artifact, path = storage.artifact(job_id, name)
+            return artifact, path.open("rb")
+        except (ArtifactNotReady, FileNotFoundError) as error:
+            storage.load(job_id)  # raises JobGone where the job has gone while we looked
+            if isinstance(error, ArtifactNotReady):
+                raise
+            raise ArtifactDamaged("The artifact is missing.") from error

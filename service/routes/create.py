@@ -1,19 +1,22 @@
 """``POST /jobs``: receive → probe → accept → queue."""
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request, Response
+from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from service.errors import ImcnetError, InvalidRequest
+from service.disk import disk_errors_translated
+from service.errors import ImcnetError, InvalidRequest, JobNotFound
+from service.idempotency import MAX_KEY_LENGTH, Claim, HeldKey, check_key, fingerprint_of
 from service.jobs import Job, JobInput, JobOptions, JobRecord, utc_now
 from service.probe import probe_video
-from service.problems import documented
-from service.services import ServicesDep
+from service.problems import Responses, documented
+from service.services import Services, ServicesDep
 from service.settings import ServiceSettings
-from service.storage import new_job_id
+from service.storage import JobStorage, new_job_id
 from service.uploads import Upload, receive
 
 router = APIRouter()
@@ -41,20 +44,43 @@ _UPLOAD_BODY = {
         },
     }
 }
+_ACCEPTED: Responses = {
+    202: {
+        "description": "The job is accepted: it will come to an end, whatever happens.",
+        "headers": {
+            "Location": {"description": "The job.", "schema": {"type": "string"}},
+            "Idempotency-Replayed": {
+                "description": "`true` where an earlier request with the same key has made the job.",
+                "schema": {"type": "string"},
+            },
+        },
+    }
+}
+_IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        description="Of the client's choice, a UUID for one. A request with a key may be sent again, however "
+        "it has ended: if it has made a job, then that is the answer, and no second one is made.",
+        json_schema_extra={"minLength": 1, "maxLength": MAX_KEY_LENGTH, "pattern": "^[ -~]+$"},
+    ),
+]
 
 
 @router.post(
     "/jobs",
     status_code=202,
     openapi_extra=_UPLOAD_BODY,
-    responses=documented(
+    responses=_ACCEPTED
+    | documented(
         "bad_request",
+        "job_gone",
         "request_timeout",
         "upload_too_large",
         "unsupported_media_type",
         "unsupported_container",
         "unsupported_codec",
         "invalid_options",
+        "idempotency_key_reused",
         "missing_video",
         "empty_file",
         "not_a_video",
@@ -69,36 +95,114 @@ _UPLOAD_BODY = {
         "queue_full",
         "queue_unavailable",
         "storage_full",
+        "storage_unavailable",
     ),
 )
 async def create_job(
-    request: Request, response: Response, services: ServicesDep, options: Annotated[JobOptions, Query()]
+    request: Request,
+    response: Response,
+    services: ServicesDep,
+    options: Annotated[JobOptions, Query()],
+    idempotency_key: _IdempotencyKey = None,
 ) -> Job:
     """Post a video. It is probed before the answer, so what is no video is refused here."""
-    settings, storage = services.settings, services.storage
-    await run_in_threadpool(services.queue.check_room)
-    upload = await receive(
+    if not await _is_used(services, idempotency_key):
+        await run_in_threadpool(services.queue.check_room)
+    upload = await _receive(request, services)
+    try:
+        chosen = _merge_options(options, upload.fields)
+        if idempotency_key is None:
+            record = await _accept(services, upload, chosen)
+        else:
+            record, replayed = await _accept_once(services, upload, chosen, idempotency_key)
+            if replayed:
+                response.headers["Idempotency-Replayed"] = "true"
+    finally:
+        with suppress(OSError):  # then the sweeper removes it
+            upload.path.unlink(missing_ok=True)
+    job = await run_in_threadpool(_describe, services, record)
+    response.headers.update({"Location": job.links.self, "Retry-After": "1"})
+    return job
+
+
+async def _is_used(services: Services, key: str | None) -> bool:
+    """Whether the key may stand for a job, to which the queue's room is of no matter any more."""
+    if key is None:
+        return False
+    check_key(key)
+    return await run_in_threadpool(services.idempotency.is_used, key)
+
+
+async def _receive(request: Request, services: Services) -> Upload:
+    settings = services.settings
+    return await receive(
         request,
-        storage.new_upload(),
+        services.storage.new_upload(),
         max_upload_bytes=settings.max_upload_bytes,
         max_form_field_bytes=settings.max_form_field_bytes,
         idle_seconds=settings.upload_idle_seconds,
         min_bytes_per_second=settings.upload_min_bytes_per_second,
         disk_reserve_bytes=settings.disk_reserve_bytes,
     )
+
+
+async def _accept_once(
+    services: Services, upload: Upload, options: JobOptions, key: str
+) -> tuple[JobRecord, bool]:
+    """Returns: The job that the key stands for, and whether it stood for it before."""
+    fingerprint = fingerprint_of(upload.sha256, options)
+    async with services.idempotency.held(key) as held:
+        record = await run_in_threadpool(_made_before, services.storage, held.claim, fingerprint)
+        if record is not None:
+            return record, True
+        return await _accept(services, upload, options, key=held), False
+
+
+def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> JobRecord | None:
+    """Raises: JobGone: It was, and is gone. InvalidRequest: ``idempotency_key_reused``."""
+    if claim is None:
+        return None
     try:
-        record = await _probe(upload, _merge_options(options, upload.fields), settings)
-        await run_in_threadpool(storage.accept, record, upload.path)
-    finally:
-        upload.path.unlink(missing_ok=True)
+        with disk_errors_translated():
+            record = storage.load(claim.job_id)
+    except JobNotFound:
+        return None  # whoever was about to make it failed, or died
+    if claim.fingerprint != fingerprint:
+        detail = "The Idempotency-Key was used before, with another video or other options."
+        raise InvalidRequest(detail, code="idempotency_key_reused")
+    return record
+
+
+async def _accept(
+    services: Services, upload: Upload, options: JobOptions, *, key: HeldKey | None = None
+) -> JobRecord:
+    record = await _probe(upload, options, services.settings)
+    await run_in_threadpool(_enter, services, record, upload, key)
+    return record
+
+
+def _enter(services: Services, record: JobRecord, upload: Upload, key: HeldKey | None) -> None:
+    """Make the job: from now on it exists, whatever dies. If this fails, it does not."""
+    services.queue.check_room()  # again: many may have been received at once
+    with disk_errors_translated():
+        if key is not None:
+            key.write(Claim(job_id=record.id, fingerprint=fingerprint_of(upload.sha256, record.options)))
+        services.storage.accept(record, upload.path)
     try:
-        await run_in_threadpool(services.queue.submit, record)
-    except ImcnetError:
-        await run_in_threadpool(storage.remove, record.id)  # no 202 was sent, so nothing was promised
+        services.queue.deliver(record.id)
+    except ImcnetError:  # no 202 was sent, so nothing was promised
+        if key is not None:
+            key.release()  # first: should we die now, the key must not stand for a job that is gone
+        services.storage.remove(record.id)
         raise
-    job = await run_in_threadpool(services.job, record.id)
-    response.headers.update({"Location": job.links.self, "Retry-After": "1"})
-    return job
+
+
+def _describe(services: Services, record: JobRecord) -> Job:
+    """The job as far as it is known: it is accepted, so it is told, even if Redis or the disk fails now."""
+    try:
+        return services.job(record.id)
+    except (ImcnetError, OSError):
+        return services.accepted(record)
 
 
 async def _probe(upload: Upload, options: JobOptions, settings: ServiceSettings) -> JobRecord:

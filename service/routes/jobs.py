@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-from contextlib import suppress
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Request, Response
@@ -10,10 +9,10 @@ from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 
 from service.downloads import matches
-from service.errors import JobGone, JobNotFound, QueueUnavailable
-from service.jobs import Job, JobStatus, Outcome, utc_now
+from service.errors import JobGone, JobNotFound
+from service.jobs import Job, JobStatus
 from service.problems import documented
-from service.services import Services, ServicesDep
+from service.services import ServicesDep
 
 _POLL_SECONDS = 0.25  # how often a waiting GET looks again
 
@@ -91,12 +90,12 @@ async def get_job(
     status_code=202,
     responses={
         200: {"description": "The job had ended already.", "model": Job},
-        **documented("job_not_found", "job_gone", "queue_unavailable"),
+        **documented("job_not_found", "job_gone", "queue_unavailable", "storage_full"),
     },
 )
 def cancel_job(services: ServicesDep, response: Response, job_id: str) -> Job:
     """Cancel the job. A worker that is at it lets go within seconds; nothing is published any more."""
-    if not _settle_as_canceled(services, job_id):
+    if not services.cancel(job_id):
         response.status_code = 200
     return services.job(job_id)
 
@@ -109,18 +108,4 @@ def cancel_job(services: ServicesDep, response: Response, job_id: str) -> Job:
 def delete_job(services: ServicesDep, job_id: str) -> None:
     """Remove the job with all its files; a worker that is at it lets go within seconds."""
     services.storage.load(job_id)
-    services.storage.remove(job_id)
-    with suppress(QueueUnavailable):  # whoever picks the job up finds it removed
-        services.queue.forget(job_id)
-
-
-def _settle_as_canceled(services: Services, job_id: str) -> bool:
-    """Returns: Whether this call ended the job; it may have ended otherwise before."""
-    job = services.job(job_id)
-    canceled = Outcome(
-        status=JobStatus.CANCELED, finished_at=utc_now(), started_at=job.started_at, attempt=job.attempt
-    )
-    decided = services.storage.conclude(job_id, canceled, keep_source=services.settings.keep_originals)
-    with suppress(QueueUnavailable):  # decided all the same: whoever picks the job up finds it settled
-        services.queue.forget(job_id)
-    return decided
+    services.remove(job_id)

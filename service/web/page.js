@@ -5,8 +5,7 @@ import { ARTIFACTS, facts, nameOf, paceText, shortStatus, sizeText, statusText, 
 
 const LISTED_JOBS = 10;
 const REFRESH_SECONDS = 10; // the list of jobs and the notice about workers
-const RETRY_SECONDS = 5; // after the API could not be reached
-const WAIT_SECONDS = 25; // below 30, the API's limit, and below the patience of usual proxies
+const RETRY_SECONDS = 5; // after the API could not be reached, or told nothing more
 
 const ENDED = ["succeeded", "failed", "canceled"];
 
@@ -31,7 +30,7 @@ class ApiError extends Error {
 
 async function api(path, options = {}) {
   const answer = await fetch(path, { cache: "no-store", ...options });
-  if (answer.ok || answer.status === 304) return answer;
+  if (answer.ok) return answer;
   throw new ApiError(answer.status, await answer.json().catch(() => null));
 }
 
@@ -161,31 +160,44 @@ function clearJob() {
 }
 
 async function follow(id, signal) {
-  let etag = null;
   let status = null;
+  const show = (job) => {
+    if (signal.aborted) return;
+    showJob(job);
+    if (job.status !== status) refresh();
+    status = job.status;
+  };
   while (!signal.aborted) {
     try {
-      // With a known state the API answers at the next change; without one, at once.
-      const [query, headers] = etag ? [`?wait=${WAIT_SECONDS}`, { "If-None-Match": etag }] : ["", {}];
-      const answer = await api(jobUrl(id) + query, { signal, headers });
-      if (answer.status === 200) {
-        const job = await answer.json();
-        etag = answer.headers.get("etag");
-        showJob(job);
-        if (job.status !== status) refresh();
-        status = job.status;
-        if (ENDED.includes(status)) return;
-      }
-      await pause(Number(answer.headers.get("retry-after") ?? 1));
+      const job = await (await api(jobUrl(id), { signal })).json(); // an EventSource does not tell what is wrong
+      show(job);
+      if (!ENDED.includes(status)) await watch(job, signal, show);
+      if (ENDED.includes(status)) return;
     } catch (error) {
       if (signal.aborted) return;
       showProblem($("job-problem"), error);
       $("job-name").textContent ||= "Job";
       if (error.status === 404 || error.status === 410) return refresh();
-      etag = null; // so that the next answer comes at once and takes the message away
-      await pause(RETRY_SECONDS);
     }
+    await pause(RETRY_SECONDS);
   }
+}
+
+/** Shows what happens to a job until it has ended or nothing more is to be heard. */
+function watch(job, signal, show) {
+  return new Promise((resolve) => {
+    const events = new EventSource(`${jobUrl(job.id)}/events`);
+    const close = () => resolve(events.close());
+    const told = (news) => show((job = { ...job, ...news }));
+    events.addEventListener("status", ({ data }) => told(JSON.parse(data)));
+    events.addEventListener("progress", ({ data }) => told({ progress: JSON.parse(data) }));
+    events.addEventListener("end", ({ data }) => {
+      told(JSON.parse(data));
+      close();
+    });
+    events.addEventListener("error", close);
+    signal.addEventListener("abort", close);
+  });
 }
 
 // -- the service and its jobs ---------------------------------------------------------------------------

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 
 import httpx
 import pytest
@@ -33,12 +33,13 @@ def eventually(look: Callable[[], T | None], *, within_seconds: float, what: str
 
 @dataclass
 class Stack:
-    """A running service, and what a test may do to it."""
+    """A running service, and what a test may do to it. Its processes write to ``output``, if it is given."""
 
     directory: Path
     environment: Mapping[str, str]
     processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
     port: int = 0
+    output: IO[bytes] | None = None
 
     @property
     def client(self) -> httpx.Client:
@@ -48,13 +49,17 @@ class Stack:
     def data_dir(self) -> Path:
         return self.directory / "data"
 
-    def start(self, *arguments: str, **settings: object) -> subprocess.Popen[bytes]:
+    def start(
+        self, *arguments: str, environment: Mapping[str, str] | None = None, **settings: object
+    ) -> subprocess.Popen[bytes]:
         """Start ``imcnet`` with these arguments; settings by name, without their prefix, in lower case."""
         given = {f"IMCNET_{name.upper()}": str(value) for name, value in settings.items()}
         process = subprocess.Popen(
             tethered([sys.executable, "-P", "-m", "service.cli", *arguments]),
-            env={**os.environ, **self.environment, **given},
+            env={**os.environ, **self.environment, **(environment or {}), **given},
             cwd=REPOSITORY,
+            stdout=self.output,
+            stderr=self.output,
             start_new_session=True,
         )
         self.processes.append(process)

@@ -1,13 +1,19 @@
 """The HTTP contract, against a real API on a real Redis. No worker runs here, so jobs stay queued."""
 
 import hashlib
+import os
+import random
 import re
+import shutil
+import socket
+import struct
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 from redis import Redis
 
@@ -15,11 +21,13 @@ from service.jobs import Artifact, JobStatus, Outcome, utc_now
 from service.storage import JobStorage, new_job_id
 from tests.integration.conftest import Stack
 from tests.videos import moving_square, write_video
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.processes
 
 UNKNOWN = new_job_id()
 BODY = b"not really a zip, but bytes all the same" * 1000
+RESET = struct.pack("ii", 1, 0)  # SO_LINGER with no time: closing sends RST
 
 
 @pytest.fixture
@@ -47,26 +55,28 @@ def assert_problem(answer: httpx.Response, status: int, code: str) -> None:
     assert not re.search(r"Traceback|/tmp|\.py|source", problem["detail"])
 
 
-def succeed(stack: Stack, job_id: str) -> Artifact:
-    """What a worker would do: leave an artifact and publish it."""
+def succeed(stack: Stack, job_id: str, body: bytes = BODY) -> Artifact:
+    """What a worker would do: make an artifact and publish it."""
     storage = JobStorage(stack.data_dir)
     artifact = Artifact(
         name="masks.zip",
         media_type="application/zip",
-        bytes=len(BODY),
-        sha256=hashlib.sha256(BODY).hexdigest(),
+        bytes=len(body),
+        sha256=hashlib.sha256(body).hexdigest(),
     )
-    with storage.attempt(job_id) as workspace:
-        (workspace / "masks.zip").write_bytes(BODY)
-        outcome = Outcome(
-            status=JobStatus.SUCCEEDED,
-            finished_at=utc_now(),
-            workspace=workspace.name,
-            artifacts=(artifact,),
-            frames=5,
-        )
-        assert storage.conclude(job_id, outcome)
+    attempt = storage.begin(job_id, delivery="delivery", worker="worker")
+    (attempt.directory / "artifacts").mkdir()
+    (attempt.directory / "artifacts" / "masks.zip").write_bytes(body)
+    outcome = Outcome(
+        status=JobStatus.SUCCEEDED, finished_at=utc_now(), attempt=1, artifacts=(artifact,), frames=5
+    )
+    assert storage.publish(attempt, outcome)
     return artifact
+
+
+def files_of_jobs(stack: Stack) -> list[str]:
+    """The names of all files but the one that is there from the beginning."""
+    return [path.name for path in stack.data_dir.rglob("*") if path.is_file() and path.name != "identity"]
 
 
 # -- creating --------------------------------------------------------------------------------------------
@@ -156,7 +166,7 @@ def test_what_is_no_video_is_refused_and_leaves_nothing(
 ) -> None:
     assert_problem(client.post("/jobs", content=body, headers={"content-type": "video/mp4"}), status, code)
     assert_problem(client.post("/jobs", files={"video": ("v.mp4", body)}), status, code)
-    assert not [path for path in stack.data_dir.rglob("*") if path.is_file()]
+    assert files_of_jobs(stack) == []
 
 
 def test_requests_without_a_video_are_refused(client: httpx.Client, video: Path) -> None:
@@ -175,6 +185,88 @@ def test_a_full_queue_and_a_full_disk_are_refused(stack: Stack, video: Path) -> 
     stack.start_api(disk_reserve_bytes=2**60)
     with stack.client as client:
         assert_problem(post(client, video), 507, "storage_full")
+
+
+def test_a_disk_that_cannot_be_used_is_refused_until_it_can(stack: Stack, video: Path) -> None:
+    stack.start_api()
+    with stack.client as client:
+        for directory in (
+            "uploads",
+            "jobs",
+        ):  # what is received goes to the one, what is accepted to the other
+            shutil.rmtree(stack.data_dir / directory)
+            answer = post(client, video)
+            assert_problem(answer, 503, "storage_unavailable")
+            assert int(answer.headers["retry-after"]) > 0
+            (stack.data_dir / directory).mkdir()
+        assert client.get("/jobs").json()["items"] == []
+        assert post(client, video).status_code == 202
+
+
+def test_room_is_left_for_no_more_jobs_than_may_wait_however_they_come(stack: Stack, video: Path) -> None:
+    stack.start_api(max_queued_jobs=2)
+    body = video.read_bytes()
+    head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nContent-Length: {len(body)}\r\n\r\n"
+    uploads = [socket.create_connection(("127.0.0.1", stack.port), timeout=60) for _ in range(6)]
+    statuses = []
+    for upload in uploads:
+        upload.sendall(head.encode() + body[:-1])
+    wait_until(lambda: len(list((stack.data_dir / "uploads").iterdir())) == 6)  # all have found room
+    for upload in uploads:
+        upload.sendall(body[-1:])
+        with upload, upload.makefile("rb") as answer:
+            statuses.append(int(answer.readline().split()[1]))
+    assert statuses == [202, 202, 503, 503, 503, 503]
+    with stack.client as client:
+        assert len(client.get("/jobs").json()["items"]) == 2
+
+
+def test_clients_that_vanish_leave_no_file_and_no_descriptor(stack: Stack, video: Path) -> None:
+    api = psutil.Process(stack.start_api().pid)
+    body = video.read_bytes()
+    form = b'--limit\r\nContent-Disposition: form-data; name="video"\r\n\r\n' + body + b"\r\n--limit--\r\n"
+    requests = [
+        b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s"
+        % (content_type, len(content) + 1, content)  # never whole
+        for content_type, content in [(b"video/mp4", body), (b"multipart/form-data; boundary=limit", form)]
+    ]
+    generator = random.Random(0)
+
+    def vanish(number: int) -> None:
+        request = requests[number % 2]
+        sent = generator.randrange(len(request))
+        with socket.create_connection(("127.0.0.1", stack.port), timeout=60) as connection:
+            connection.sendall(request[:sent])
+            if number % 3:
+                time.sleep(generator.random() / 20)  # the API gets as far as the disk
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+
+    with stack.client as client:
+        for number in range(20):
+            vanish(number)
+        post(client, video)
+        descriptors = api.num_fds()
+        for number in range(100):
+            vanish(number)
+        assert post(client, video).status_code == 202
+        wait_until(lambda: not list((stack.data_dir / "uploads").iterdir()))
+        wait_until(lambda: api.num_fds() <= descriptors)
+        assert len(client.get("/jobs").json()["items"]) == 2
+
+
+def test_what_a_killed_api_was_receiving_is_removed(stack: Stack, video: Path) -> None:
+    api = stack.start_api()
+    head = b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nContent-Length: 100000\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", stack.port), timeout=60) as upload:
+        upload.sendall(head + video.read_bytes())
+        wait_until(lambda: list((stack.data_dir / "uploads").iterdir()))
+        api.kill()
+        api.wait(timeout=10)
+    assert files_of_jobs(stack) != []
+    stack.start_api(upload_idle_seconds=0.5, probe_timeout_seconds=1, sweep_interval_seconds=0.2)
+    wait_until(lambda: files_of_jobs(stack) == [])
+    with stack.client as client:
+        assert client.get("/jobs").json()["items"] == []
 
 
 # -- looking up ------------------------------------------------------------------------------------------
@@ -268,7 +360,7 @@ def test_a_deleted_job_is_gone_with_its_files(stack: Stack, client: httpx.Client
     for answer in (client.get(f"/jobs/{job_id}"), client.delete(f"/jobs/{job_id}")):
         assert_problem(answer, 410, "job_gone")
     assert client.get("/jobs").json() == {"items": [], "next_cursor": None}
-    assert [path.name for path in stack.data_dir.rglob("*") if path.is_file()] == [job_id]
+    assert files_of_jobs(stack) == [job_id]
 
 
 def test_a_job_that_has_succeeded_cannot_be_canceled(stack: Stack, client: httpx.Client, video: Path) -> None:
@@ -317,6 +409,73 @@ def test_artifacts_come_whole_in_ranges_and_as_headers_only(
     assert_problem(beyond, 416, "range_not_satisfiable")
     assert beyond.headers["content-range"] == f"bytes */{len(BODY)}"
     assert_problem(client.get(url.replace("masks", "other")), 404, "artifact_not_found")
+
+
+def test_a_damaged_artifact_is_never_served(stack: Stack, client: httpx.Client, video: Path) -> None:
+    job_id = post(client, video).json()["id"]
+    succeed(stack, job_id)
+    url = f"/jobs/{job_id}/artifacts/masks.zip"
+    etag = client.get(url).headers["etag"]
+    (stored,) = stack.data_dir.rglob("masks.zip")
+    stored.write_bytes(BODY[:-1] + b"X")
+    for headers in ({}, {"range": "bytes=0-9"}, {"range": "bytes=0-9,20-29"}):
+        assert_problem(client.get(url, headers=headers), 500, "artifact_damaged")
+    assert client.head(url).status_code == 200
+    assert client.get(url, headers={"if-none-match": etag}).status_code == 304
+    stored.unlink()
+    assert_problem(client.get(url), 500, "artifact_damaged")
+    stored.write_bytes(BODY)
+    assert client.get(url).content == BODY
+
+
+def test_a_job_that_is_deleted_while_it_is_downloaded(stack: Stack, video: Path) -> None:
+    api = psutil.Process(stack.start_api().pid)
+    body = os.urandom(16 * 2**20)
+    with stack.client as client:
+        job_id = post(client, video).json()["id"]
+        succeed(stack, job_id, body)
+        url = f"/jobs/{job_id}/artifacts/masks.zip"
+        with client.stream("GET", url) as download:
+            pieces = download.iter_bytes()
+            received = next(pieces)
+            client.delete(f"/jobs/{job_id}").raise_for_status()
+            assert_problem(client.get(url), 410, "job_gone")
+            received += b"".join(pieces)
+        assert received == body
+    wait_until(lambda: not [file for file in api.open_files() if "masks.zip" in file.path])
+
+
+def test_whoever_downloads_while_jobs_are_deleted_gets_all_or_410(stack: Stack, video: Path) -> None:
+    stack.start_api()
+    for _ in range(5):
+        job_id = stack.post(video)["id"]
+        succeed(stack, job_id)
+        answers = download_until_deleted(stack, job_id)
+        assert {answer.status_code for answer in answers} == {200, 410}
+        for answer in answers:
+            if answer.status_code == 200:
+                assert answer.content == BODY
+            else:
+                assert_problem(answer, 410, "job_gone")
+
+
+def download_until_deleted(stack: Stack, job_id: str) -> list[httpx.Response]:
+    answers: list[httpx.Response] = []
+
+    def download() -> None:
+        with stack.client as client:
+            while not answers or answers[-1].status_code == 200:
+                answers.append(client.get(f"/jobs/{job_id}/artifacts/masks.zip"))
+
+    threads = [threading.Thread(target=download) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    wait_until(lambda: answers)
+    with stack.client as client:
+        client.delete(f"/jobs/{job_id}").raise_for_status()
+    for thread in threads:
+        thread.join(timeout=20)
+    return answers
 
 
 # -- the service itself ----------------------------------------------------------------------------------

@@ -11,8 +11,13 @@ from urllib.parse import urljoin
 
 import httpx
 import pytest
+from redis import Redis
 
+from service.jobs import AttemptEnd, Progress
+from service.queue import JobQueue
+from service.storage import JobStorage
 from tests.integration.conftest import Stack, eventually
+from tests.integration.test_api import succeed
 from tests.videos import moving_square, write_video
 
 pytestmark = pytest.mark.processes
@@ -216,3 +221,37 @@ def test_a_video_goes_through_the_page_from_the_upload_to_the_downloads(
 
     assert browser.complaints == []
     assert all(url.startswith((site, "data:", "about:")) for url in browser.requested)
+
+
+def test_the_page_is_told_of_progress_and_survives_a_restart(
+    stack: Stack, browser: Browser, redis: Redis, tmp_path: Path
+) -> None:
+    stack.start_api()
+    job_id = stack.post(write_video(tmp_path / "clip.mp4", moving_square(20)))["id"]
+
+    def shows(selector: str, text: str) -> None:
+        eventually(
+            lambda: text in browser.text(selector).lower(), within_seconds=30, what=f"{selector}: {text}"
+        )
+
+    browser.call("Page.navigate", url=f"http://127.0.0.1:{stack.port}/#{job_id}")
+    shows("#job-text", "next in line")
+    storage, queue = JobStorage(stack.data_dir), JobQueue(redis)
+    attempt = storage.begin(job_id, delivery="delivery", worker="worker")
+    queue.begun(job_id, attempt)
+    shows("#job-status", "running")
+    for frames in (5, 15):
+        progress = Progress(phase="segmenting", frames_done=frames, frames_total=20, fps=2.0)
+        queue.report(job_id, progress)
+        shows("#job-pace", f"{frames} of 20 frames")
+        assert browser.evaluate("document.querySelector('#job-bar').value") == 5 * frames
+    looked_up = [url for url in browser.requested if url.endswith(f"/jobs/{job_id}")]
+    assert len(looked_up) == 1  # all else came as events
+
+    stack.stop()
+    shows("#job-problem", "cannot be reached")
+    storage.end(attempt, AttemptEnd.PREEMPTED)
+    succeed(stack, job_id)
+    stack.start("serve", "--port", str(stack.port))
+    shows("#job-status", "succeeded")
+    assert browser.text("#job-problem") == ""

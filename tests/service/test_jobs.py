@@ -1,4 +1,7 @@
+import json
+from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
@@ -6,6 +9,9 @@ from pydantic import ValidationError
 from service.errors import PROBLEMS, EngineFailed, ImcnetError
 from service.jobs import (
     Artifact,
+    Attempt,
+    AttemptEnd,
+    AttemptRecord,
     Job,
     JobInput,
     JobOptions,
@@ -16,6 +22,10 @@ from service.jobs import (
     Progress,
     QueueState,
     describe,
+    failures,
+    given_up,
+    is_lost_cause,
+    read_stored,
 )
 
 NOON = datetime(2030, 1, 1, 12, tzinfo=UTC)
@@ -40,8 +50,19 @@ RECORD = JobRecord(
 )
 
 
-def shown(outcome: Outcome | None, state: QueueState | None, *, root_path: str = "") -> Job:
-    return describe(RECORD, outcome, state, retention=timedelta(hours=24), root_path=root_path)
+def attempt(number: int, end: AttemptEnd | None) -> Attempt:
+    record = AttemptRecord(delivery="d", worker="w", started_at=NOON)
+    return Attempt(number=number, end=end, directory=Path("x"), record=record)
+
+
+def shown(
+    outcome: Outcome | None,
+    state: QueueState | None,
+    *,
+    attempts: Sequence[Attempt] = (),
+    root_path: str = "",
+) -> Job:
+    return describe(RECORD, outcome, attempts, state, retention=timedelta(hours=24), root_path=root_path)
 
 
 def ended(status: JobStatus, **fields: object) -> Outcome:
@@ -53,23 +74,59 @@ def test_an_accepted_job_that_the_queue_does_not_know_is_still_queued() -> None:
 
 
 def test_a_queued_job_shows_its_position() -> None:
-    job = shown(None, QueueState(running=False, position=3, workers_alive=1))
+    job = shown(None, QueueState(position=3, workers_alive=1))
     assert (job.status, job.queue_position, job.warnings) == (JobStatus.QUEUED, 3, ())
 
 
 def test_a_queued_job_says_that_no_worker_is_alive() -> None:
-    job = shown(None, QueueState(running=False, position=1, workers_alive=0))
+    job = shown(None, QueueState(position=1, workers_alive=0))
     assert [warning.code for warning in job.warnings] == ["no_worker"]
 
 
 def test_a_running_job_shows_its_progress() -> None:
     progress = Progress(phase="segmenting", frames_done=4, frames_total=16, fps=2.0)
     job = shown(
-        None, QueueState(running=True, attempt=2, started_at=NOON, progress=progress, workers_alive=1)
+        None,
+        QueueState(leased=True, progress=progress, workers_alive=1),
+        attempts=[attempt(1, AttemptEnd.LOST), attempt(2, None)],
     )
     assert job.status is JobStatus.RUNNING
     assert (job.attempt, job.started_at) == (2, NOON)
     assert (job.progress.percent, job.progress.eta_s) == (25.0, 6.0)
+
+
+def test_a_job_between_two_attempts_is_queued_again() -> None:
+    job = shown(None, QueueState(position=1, workers_alive=1), attempts=[attempt(1, AttemptEnd.CRASHED)])
+    assert (job.status, job.attempt, job.queue_position) == (JobStatus.QUEUED, 1, 1)
+
+
+def test_attempts_that_were_given_back_use_nothing_up() -> None:
+    preempted = [attempt(number, AttemptEnd.PREEMPTED) for number in range(1, 9)]
+    crashed = attempt(9, AttemptEnd.CRASHED)
+    assert failures([*preempted, crashed, attempt(10, None)]) == 1
+    assert not is_lost_cause([*preempted, crashed], max_attempts=2)
+    assert is_lost_cause([*preempted, crashed], max_attempts=1)
+    assert not is_lost_cause([], max_attempts=1)
+
+
+@pytest.mark.parametrize(
+    ("end", "code"),
+    [
+        (AttemptEnd.LOST, "worker_crashed"),
+        (AttemptEnd.ENGINE_FAILED, "engine_failed"),
+        (AttemptEnd.STORAGE_FULL, "storage_full"),
+    ],
+)
+def test_a_job_that_is_given_up_tells_by_what_its_last_attempt_failed(end: AttemptEnd, code: str) -> None:
+    outcome = given_up([attempt(1, AttemptEnd.PREEMPTED), attempt(2, end)])
+    assert outcome.error is not None
+    assert (outcome.error.code, outcome.attempt, outcome.started_at) == (code, 2, NOON)
+
+
+def test_the_diagnosis_of_a_poisonous_job_names_every_attempts_end() -> None:
+    outcome = given_up([attempt(1, AttemptEnd.LOST), attempt(2, AttemptEnd.CRASHED)])
+    assert outcome.error is not None
+    assert "1: lost, 2: crashed" in outcome.error.detail
 
 
 def test_progress_makes_no_claim_where_the_total_is_unknown() -> None:
@@ -79,14 +136,14 @@ def test_progress_makes_no_claim_where_the_total_is_unknown() -> None:
 
 def test_the_outcome_decides_whatever_the_queue_says() -> None:
     for status in (JobStatus.SUCCEEDED, JobStatus.FAILED):
-        assert shown(ended(status), QueueState(running=True)).status is status
+        assert shown(ended(status), QueueState(leased=True)).status is status
 
 
 def test_a_canceled_job_is_canceling_until_its_worker_has_let_go() -> None:
     outcome = ended(JobStatus.CANCELED)
-    assert shown(outcome, QueueState(running=True)).status is JobStatus.CANCELING
+    assert shown(outcome, QueueState(leased=True)).status is JobStatus.CANCELING
     assert shown(outcome, None).status is JobStatus.CANCELED
-    assert shown(outcome, QueueState(running=False)).status is JobStatus.CANCELED
+    assert shown(outcome, QueueState()).status is JobStatus.CANCELED
 
 
 def test_a_succeeded_job_tells_counted_frames_and_where_its_artifacts_are() -> None:
@@ -142,6 +199,25 @@ def test_a_record_of_before_there_were_qualities_is_an_exact_job() -> None:
     older = RECORD.model_dump(mode="json")
     del older["options"]["quality"]
     assert JobRecord.model_validate(older).options.quality == "exact"
+
+
+def test_what_another_release_has_added_to_a_record_is_passed_over(tmp_path: Path) -> None:
+    path = tmp_path / "job.json"
+    newer = {**RECORD.model_dump(mode="json"), "priority": 7}
+    newer["options"] = {**newer["options"], "colour": "red"}
+    path.write_text(json.dumps(newer))
+    assert read_stored(JobRecord, path) == RECORD
+
+
+@pytest.mark.parametrize(("name", "kind"), [("job.json", JobRecord), ("outcome.json", Outcome)])
+def test_the_records_of_the_first_release_are_read_and_those_of_this_one_are_what_it_reads(
+    name: str, kind: type[JobRecord] | type[Outcome]
+) -> None:
+    """What the first release stored lies in ``records/``; it refused any field that it did not know."""
+    path = Path(__file__).parent / "records" / name
+    stored = json.loads(path.read_text())
+    record = read_stored(kind, path)
+    assert json.loads(record.model_dump_json()) == stored
 
 
 def test_record_and_outcome_survive_json() -> None:

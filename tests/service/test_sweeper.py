@@ -2,12 +2,11 @@ from datetime import timedelta
 
 import pytest
 from redis import Redis
-from rq import Queue
-from rq.job import JobStatus as RqStatus
-from rq.serializers import JSONSerializer
 
-from service.jobs import JobRecord, JobStatus, Outcome, utc_now
-from service.queue import JobQueue, connect
+from service.broker import connect
+from service.errors import QueueUnavailable
+from service.jobs import JobRecord, JobStatus, Outcome, Progress, utc_now
+from service.queue import JobQueue
 from service.settings import ServiceSettings
 from service.storage import JobStorage
 from service.sweeper import sweep
@@ -32,37 +31,30 @@ def test_finished_jobs_expire_after_their_retention(storage: JobStorage, queue: 
     old, young = ended(storage, hours_ago=2), ended(storage, hours_ago=0.5)
     sweep(storage, queue, SETTINGS)
     assert list(storage.job_ids()) == [young.id]
-    assert storage.settled(old.id)
+    assert storage.has_ended(old.id)
 
 
-def test_jobs_that_the_queue_has_lost_are_queued_once(
+def test_what_redis_holds_of_jobs_that_are_over_is_removed(
     storage: JobStorage, queue: JobQueue, redis: Redis
 ) -> None:
-    record = accepted(storage)
-    for _ in range(3):
-        sweep(storage, queue, SETTINGS)
-    assert redis.lrange("rq:queue:imcnet", 0, -1) == [record.id.encode()]
-
-
-def test_a_job_that_the_queue_has_given_up_gets_its_outcome(
-    storage: JobStorage, queue: JobQueue, redis: Redis
-) -> None:
-    record = accepted(storage)
-    queue.submit(record)
-    job = Queue("imcnet", connection=redis, serializer=JSONSerializer).fetch_job(record.id)
-    assert job is not None
-    job.set_status(RqStatus.FAILED)
+    waiting, over, removed = accepted(storage), accepted(storage), accepted(storage)
+    for record in (waiting, over, removed):
+        queue.deliver(record.id)
+        queue.report(record.id, Progress())
+    storage.conclude(over.id, Outcome(status=JobStatus.CANCELED, finished_at=utc_now()))
+    storage.remove(removed.id)
     sweep(storage, queue, SETTINGS)
-    outcome = storage.outcome(record.id)
-    assert outcome is not None
-    assert outcome.error is not None
-    assert outcome.error.code == "worker_crashed"
-    assert queue.state(record.id) is None
+    keys = b" ".join(redis.scan_iter())
+    assert waiting.id.encode() in keys
+    assert over.id.encode() not in keys
+    assert removed.id.encode() not in keys
+    assert queue.waiting() == 1
 
 
 def test_without_redis_jobs_expire_all_the_same(storage: JobStorage) -> None:
     unreachable = JobQueue(connect("redis://127.0.0.1:1/0", timeout_seconds=0.5))
     waiting = accepted(storage)
     ended(storage, hours_ago=2)
-    sweep(storage, unreachable, SETTINGS)
+    with pytest.raises(QueueUnavailable):
+        sweep(storage, unreachable, SETTINGS)
     assert list(storage.job_ids()) == [waiting.id]

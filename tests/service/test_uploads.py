@@ -24,6 +24,7 @@ from starlette.routing import Route
 
 from service.errors import PROBLEMS, ImcnetError
 from service.uploads import Upload, receive
+from tests.waiting import wait_until
 
 MIB = 2**20
 FORM_END = b"\r\n--limit--\r\n"
@@ -322,6 +323,28 @@ def test_a_disk_that_fills_up_on_the_way_leaves_nothing(server: Server) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert (status, body["code"]) == (507, "storage_full")
     assert server.left == []
+
+
+def test_a_disk_that_is_gone_is_told_from_a_full_one(tmp_path: Path) -> None:
+    (tmp_path / "uploads").mkdir()
+    with serving(tmp_path / "uploads") as server:
+        (tmp_path / "uploads").rmdir()
+        answer = httpx.post(server.url, content=b"x", headers={"Content-Type": "video/mp4"})
+        assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+        (tmp_path / "uploads").mkdir()
+        assert httpx.post(server.url, content=b"x", headers={"Content-Type": "video/mp4"}).status_code == 200
+
+
+def test_a_disk_that_goes_on_the_way_is_said_so(tmp_path: Path) -> None:
+    uploads = tmp_path / "uploads"
+    uploads.mkdir()
+    with serving(uploads) as server, server.connect() as connection:
+        connection.sendall(head("Transfer-Encoding: chunked") + chunked(bytes(2 * MIB)))
+        wait_until(lambda: server.left)
+        uploads.rename(tmp_path / "elsewhere")
+        connection.sendall(chunked(bytes(2 * MIB)) + chunked(b""))
+        status, body = reply(connection)
+    assert (status, body["code"]) == (503, "storage_unavailable")
 
 
 def test_a_file_that_is_there_already_is_not_touched(tmp_path: Path) -> None:

@@ -63,6 +63,16 @@ def test_frames_come_in_order_with_their_times(tmp_path: Path) -> None:
     assert reader.warnings == ()
 
 
+def test_frames_that_are_passed_over_count_and_change_nothing_after_them(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_square(10))
+    whole, frames = read(video)
+    with VideoReader(video, MediaLimits(), max_corrupt_fraction=0.05) as reader:
+        rest = list(reader.frames_from(7))
+    assert (reader.frames, reader.warnings) == (whole.frames, whole.warnings)
+    assert [frame.pts for frame in rest] == [frame.pts for frame in frames[7:]]
+    assert all(np.array_equal(a.image, b.image) for a, b in zip(rest, frames[7:], strict=True))
+
+
 def test_the_picture_is_what_was_encoded(tmp_path: Path) -> None:
     originals = list(moving_square(6))
     video = write_video(tmp_path / "v.mkv", originals, pix_fmt="yuv444p", codec_options=LOSSLESS)
@@ -308,6 +318,15 @@ def test_a_change_of_size_keeps_the_first_size_and_is_told(growing_video: Path) 
     assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 10
     assert reader.warnings[0].code == "resolution_change"
     assert "64×48 to 128×64 pixels at frame 5" in reader.warnings[0].detail
+
+
+def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing_video: Path) -> None:
+    whole, _ = read(growing_video)
+    with VideoReader(growing_video, MediaLimits(), max_corrupt_fraction=0.05) as reader:
+        rest = list(reader.frames_from(whole.frames - 1))
+    assert len(rest) == 1
+    assert rest[0].image.shape == (whole.height, whole.width, 3)
+    assert reader.warnings == whole.warnings
 
 
 def test_growing_beyond_the_limit_is_refused(growing_video: Path) -> None:

@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import get_args
 
@@ -16,15 +17,35 @@ from model.segmenter import Segmenter
 from model.weights import init_weights
 from service.errors import EngineFailed, Misconfigured
 from service.jobs import Quality
-from tests.waiting import wait_until
+from tests.waiting import wait_until, wait_until_gone
 from worker.decode import VideoFrame
 from worker.engine_process import EngineProcess, EngineStream
-from worker.protocol import StreamRequest
+from worker.protocol import TAKEN, StreamRequest
 from worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.processes
 
-REQUEST = StreamRequest(height=40, width=56, mask_height=40, mask_width=56, threshold=0.5, quality="exact")
+REQUEST = StreamRequest(
+    job_id="job",
+    attempt=1,
+    height=40,
+    width=56,
+    mask_height=40,
+    mask_width=56,
+    threshold=0.5,
+    quality="exact",
+    start=0,
+)
+
+
+LARGE_MASKS = REQUEST.model_copy(update={"mask_height": 12000, "mask_width": 12000})
+
+
+def starved(engine: EngineProcess) -> psutil.Process:
+    """The engine's process, which gets no more memory than it has."""
+    process = psutil.Process(engine.pid)
+    process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms, -1))
+    return process
 
 
 def settings(weights: Path | None, **others: object) -> WorkerSettings:
@@ -82,6 +103,65 @@ def test_the_engines_masks_are_the_segmenters(
     assert [s.frame.pts for s in segmented] == list(range(9))
     assert all(np.array_equal(s.mask, mask) for s, mask in zip(segmented, masks, strict=True))
     assert 0.05 < np.mean(masks) < 0.95
+
+
+def test_frames_of_context_get_no_mask_and_change_none_of_the_others(engine: EngineProcess) -> None:
+    request = REQUEST.model_copy(update={"threshold": 0.5112})
+    whole = list(stream(engine).segment(frames(20), request))
+    margin = engine.ready.margin_frames
+    assert margin == 4
+    part = [frame for frame in frames(20) if frame.pts is not None and frame.pts >= 10 - margin]
+    rest = list(stream(engine).segment(part, request.model_copy(update={"start": margin})))
+    assert [s.frame.pts for s in rest] == list(range(10, 20))
+    assert all(np.array_equal(a.mask, b.mask) for a, b in zip(whole[10:], rest, strict=True))
+
+
+def test_a_stopped_engine_gives_no_sign_of_life_and_can_be_replaced(engine: EngineProcess) -> None:
+    assert engine.is_idle(timeout_seconds=10)
+    pid = engine.pid
+    os.kill(pid, signal.SIGSTOP)
+    assert not engine.is_idle(timeout_seconds=0.5)
+    engine.replace()
+    assert engine.pid != pid
+    assert engine.is_idle(timeout_seconds=10)
+    assert not psutil.pid_exists(pid)
+
+
+def test_an_engine_at_work_is_not_idle_until_its_stream_is_dropped(engine: EngineProcess) -> None:
+    segmented = stream(engine).segment(frames(5000), REQUEST)
+    next(segmented)
+    assert not engine.is_idle(timeout_seconds=0.5)
+    segmented.close()
+    assert engine.is_idle(timeout_seconds=10)
+
+
+def test_running_out_of_memory_is_told_and_ends_the_engine(untrained_weights: Path) -> None:
+    engine = EngineProcess(settings(untrained_weights))
+    try:
+        engine.ensure_running()
+        process = starved(engine)
+        with pytest.raises(EngineFailed, match="ran out of memory"):
+            list(stream(engine).segment(frames(9), LARGE_MASKS))
+        assert not psutil.pid_exists(process.pid) or process.status() == psutil.STATUS_ZOMBIE
+        engine.ensure_running()
+        assert len(list(stream(engine).segment(frames(2), REQUEST))) == 2
+    finally:
+        engine.stop()
+
+
+def test_an_engine_that_failed_ends_even_if_nobody_is_there_to_hear_it(untrained_weights: Path) -> None:
+    engine = EngineProcess(settings(untrained_weights))
+    try:
+        engine.ensure_running()
+        process = starved(engine)
+        with Client(str(engine.socket), "AF_UNIX") as connection:
+            connection.send_bytes(LARGE_MASKS.model_dump_json().encode())
+            for frame in frames(engine.ready.margin_frames + 1):
+                connection.send_bytes(frame.image.tobytes())
+                assert connection.recv_bytes() == TAKEN
+        wait_until_gone([process])
+    finally:
+        engine.stop()
 
 
 def test_an_engine_serves_stream_after_stream(engine: EngineProcess) -> None:

@@ -8,7 +8,17 @@ import service.jobs
 from worker.pipeline import mask_size
 from worker.protocol import MASK, StreamRequest, pack_mask
 
-REQUEST = StreamRequest(height=3, width=5, mask_height=7, mask_width=9, threshold=0.5, quality="exact")
+REQUEST = StreamRequest(
+    job_id="job",
+    attempt=1,
+    height=3,
+    width=5,
+    mask_height=7,
+    mask_width=9,
+    threshold=0.5,
+    quality="exact",
+    start=0,
+)
 
 
 def test_a_job_may_ask_for_every_quality_that_the_segmenter_knows() -> None:
@@ -27,9 +37,10 @@ def test_a_frame_of_another_size_is_refused() -> None:
 
 def test_a_mask_of_any_size_crosses_the_socket_in_an_eighth_of_its_bytes() -> None:
     mask = np.random.default_rng(0).random((7, 9)) < 0.5
-    message = pack_mask(mask)
-    assert (message[:1], len(message)) == (MASK, 1 + 8)
-    parsed = REQUEST.parse_mask(message[1:])
+    message = pack_mask(mask, 1.5)
+    assert (message[:1], len(message)) == (MASK, 1 + 8 + 8)
+    parsed, inference_s = REQUEST.parse_mask(message[1:])
+    assert inference_s == 1.5
     assert parsed.dtype == np.bool_
     assert np.array_equal(parsed, mask)
 
