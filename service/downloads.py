@@ -9,7 +9,7 @@ from anyio import CapacityLimiter, to_thread
 from starlette.responses import FileResponse, Response
 from starlette.types import Message, Receive, Scope, Send
 
-from service.disk import disk_errors_translated
+from service.durable import disk_errors_translated
 from service.errors import ArtifactDamaged, InvalidRequest
 from service.jobs import Artifact
 from service.problems import problem_response

@@ -9,7 +9,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from uuid import uuid4
 
-from service.errors import StorageFull
+from service.errors import StorageFull, StorageUnavailable
+
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def sync(path: Path) -> None:
@@ -55,14 +57,24 @@ def remove_older(directory: Path, age_seconds: float) -> None:
 
 
 @contextmanager
-def full_disk_is_storage_full(detail: str = "The storage has no room left.") -> Iterator[None]:
-    """Raises: StorageFull: There was no room for what the block wrote."""
+def disk_errors_translated(*, but: tuple[type[OSError], ...] = (FileExistsError,)) -> Iterator[None]:
+    """What the block asks of the disk may fail for reasons that are not the request's.
+
+    Args:
+        but: Errors that mean something to the caller.
+
+    Raises:
+        StorageFull: There is no room left.
+        StorageUnavailable: Anything else is wrong with it: read-only, broken, not mounted.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(detail) from error
+    except but:
         raise
+    except OSError as error:
+        if error.errno in _NO_ROOM:
+            raise StorageFull("The storage has no room left.") from error
+        raise StorageUnavailable("The storage cannot be used at the moment; try again later.") from error
 
 
 def _file_system_time(directory: Path) -> float:

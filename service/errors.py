@@ -153,18 +153,18 @@ class QueueFull(ImcnetError):
     retry_after_seconds = 30
 
 
-class StorageFull(ImcnetError):
+class StorageUnavailable(ImcnetError):
+    """The disk refuses to work."""
+
+    code = "storage_unavailable"
+    retry_after_seconds = 30
+
+
+class StorageFull(StorageUnavailable):
     """The disk has no room for what is to be written."""
 
     code = "storage_full"
     retry_after_seconds = 60
-
-
-class StorageUnavailable(ImcnetError):
-    """The disk refuses to work, for another reason than being full."""
-
-    code = "storage_unavailable"
-    retry_after_seconds = 30
 
 
 class EngineFailed(ImcnetError):

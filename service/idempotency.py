@@ -22,8 +22,7 @@ import anyio
 from anyio import to_thread
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.disk import disk_errors_translated
-from service.durable import sync
+from service.durable import disk_errors_translated, sync
 from service.errors import InvalidRequest, Misconfigured
 from service.jobs import JobOptions
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pydantic import ValidationError
 
-from service.errors import JobGone, JobNotFound, StorageFull
+from service.errors import JobGone, JobNotFound, StorageUnavailable
 from service.jobs import Attempt, AttemptEnd, given_up, is_lost_cause
 from service.queue import JobQueue
 from service.storage import JobStorage
@@ -42,7 +42,11 @@ class Reconciliation:
                 self._look_after(job_id, settling=settling)
             except (JobNotFound, JobGone):
                 continue  # deleted meanwhile
-            except (StorageFull, OSError, ValidationError) as error:  # a full disk, or a damaged record
+            except (
+                StorageUnavailable,
+                OSError,
+                ValidationError,
+            ) as error:  # a full disk, or a damaged record
                 logger.warning("Job %s cannot be looked after: %s", job_id, error)
         self.queue.count({RECONCILIATIONS: 1})
 

@@ -30,7 +30,7 @@ from uuid import uuid4
 
 from uuid_utils.compat import uuid7
 
-from service.durable import clear, full_disk_is_storage_full, remove_older, sync, write_synced
+from service.durable import clear, disk_errors_translated, remove_older, sync, write_synced
 from service.errors import (
     ArtifactNotFound,
     ArtifactNotReady,
@@ -53,6 +53,7 @@ from service.jobs import (
 
 _UUID = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 _ATTEMPT = re.compile(r"attempt-(?P<number>\d{4,})|ended-(?P<ended>\d{4,})-(?P<end>[a-z_]+)")
+_TELLING = (FileExistsError, FileNotFoundError)  # that somebody else was faster
 _NEWEST_RECORD = 1  # the highest version of job.json that this release gets right
 
 
@@ -119,10 +120,10 @@ class JobStorage:
         """Turn a received file into a job, durably. ``upload`` is moved.
 
         Raises:
-            StorageFull: The disk is full; the upload is still where it was.
+            StorageFull, StorageUnavailable: The disk refuses; the upload is still where it was.
         """
         staging = self._trash / f"accept-{record.id}"
-        with full_disk_is_storage_full():
+        with disk_errors_translated(but=_TELLING):
             staging.mkdir()
             try:
                 write_synced(staging / "job.json", record.model_dump_json().encode())
@@ -208,7 +209,7 @@ class JobStorage:
             JobNotFound, JobGone: As :meth:`load`.
             AttemptRefused: There is nothing to begin: the job has ended, an attempt at it lives, or it was
                 accepted by a newer release, for one.
-            StorageFull: The disk is full.
+            StorageFull, StorageUnavailable: The disk refuses.
         """
         if self.load(job_id).version > _NEWEST_RECORD:
             raise AttemptRefused(f"Job {job_id} needs a newer release of the worker.")
@@ -221,7 +222,7 @@ class JobStorage:
         directory = self._directory(job_id) / f"attempt-{number:04d}"
         record = AttemptRecord(delivery=delivery, worker=worker, started_at=utc_now())
         draft = self._trash / f"attempt-{uuid4()}"
-        with full_disk_is_storage_full():
+        with disk_errors_translated(but=_TELLING):
             try:
                 draft.mkdir()
                 write_synced(draft / "attempt.json", record.model_dump_json().encode())
@@ -276,7 +277,7 @@ class JobStorage:
         Returns:
             Whether this call decided.
         Raises:
-            StorageFull: The disk is full.
+            StorageFull, StorageUnavailable: The disk refuses.
         """
         job = attempt.directory.parent
         try:
@@ -297,7 +298,7 @@ class JobStorage:
         Returns:
             Whether this call decided. False: the job has an outcome already, or is gone.
         Raises:
-            StorageFull: The disk is full.
+            StorageFull, StorageUnavailable: The disk refuses.
         """
         job = self._directory(job_id)
         try:
@@ -309,7 +310,7 @@ class JobStorage:
         """Raises: FileNotFoundError: The directory of ``draft``, or ``job``, is not there any more."""
         if (job / "outcome.json").exists():  # the usual way to lose, and on a full disk the only one
             return False
-        with full_disk_is_storage_full():
+        with disk_errors_translated(but=_TELLING):
             try:
                 write_synced(draft, outcome.model_dump_json().encode())
                 os.link(draft, job / "outcome.json")

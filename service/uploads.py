@@ -18,7 +18,7 @@ from typing import BinaryIO
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
 
-from service.disk import disk_errors_translated
+from service.durable import disk_errors_translated
 from service.errors import InvalidRequest, StorageFull
 from service.forms import FormBody, RawBody
 

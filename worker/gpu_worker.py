@@ -27,7 +27,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from service.broker import connect
-from service.errors import ImcnetError, Misconfigured, QueueUnavailable, StorageFull
+from service.errors import ImcnetError, Misconfigured, QueueUnavailable, StorageUnavailable
 from service.jobs import AttemptEnd, WorkerInfo
 from service.processes import die_with_parent
 from service.queue import QUEUE_NAME, JobQueue
@@ -173,7 +173,7 @@ class GpuWorker(Worker):
             self._job_queue.discard(delivery)
             if self._promises.storage.has_ended(job_id):
                 self._job_queue.forget(job_id)
-        except (QueueUnavailable, StorageFull, OSError) as error:
+        except (QueueUnavailable, StorageUnavailable, OSError) as error:
             logger.warning("The job is left to reconciliation: %s", error)
 
     def _wait_for_redis(self) -> None:

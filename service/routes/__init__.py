@@ -2,11 +2,12 @@
 
 from fastapi import APIRouter
 
-from service.routes import artifacts, create, health, jobs, metrics
+from service.routes import artifacts, create, events, health, jobs, metrics
 
 router = APIRouter()
 router.include_router(create.router, tags=["jobs"])
 router.include_router(jobs.router, tags=["jobs"])
+router.include_router(events.router, tags=["jobs"])
 router.include_router(artifacts.router, tags=["artifacts"])
 router.include_router(health.router, tags=["service"])
 router.include_router(metrics.router)

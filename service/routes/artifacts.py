@@ -4,8 +4,8 @@ from io import BufferedReader
 
 from fastapi import APIRouter, Request, Response
 
-from service.disk import disk_errors_translated
 from service.downloads import ArtifactResponse
+from service.durable import disk_errors_translated
 from service.errors import ArtifactDamaged, ArtifactNotReady
 from service.jobs import Artifact, PublishedArtifact
 from service.problems import documented

@@ -8,7 +8,7 @@ from fastapi import APIRouter, Header, Query, Request, Response
 from pydantic import ValidationError
 from starlette.concurrency import run_in_threadpool
 
-from service.disk import disk_errors_translated
+from service.durable import disk_errors_translated
 from service.errors import ImcnetError, InvalidRequest, JobNotFound
 from service.idempotency import MAX_KEY_LENGTH, Claim, HeldKey, check_key, fingerprint_of
 from service.jobs import Job, JobInput, JobOptions, JobRecord, utc_now
