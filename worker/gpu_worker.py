@@ -17,8 +17,9 @@ from typing import Any
 from uuid import uuid4
 
 import structlog
+from pydantic import ValidationError
 from redis import Redis
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 from rq import Queue, Worker, worker_registration
 from rq.exceptions import StopRequested
 from rq.executions import Execution
@@ -27,7 +28,7 @@ from rq.serializers import JSONSerializer
 from rq.utils import now
 
 from service.broker import connect
-from service.errors import ImcnetError, Misconfigured, QueueUnavailable, StorageUnavailable
+from service.errors import ImcnetError, JobNotFound, Misconfigured, QueueUnavailable, StorageUnavailable
 from service.jobs import AttemptEnd, WorkerInfo
 from service.processes import die_with_parent
 from service.queue import QUEUE_NAME, JobQueue
@@ -122,8 +123,13 @@ class GpuWorker(Worker):
     # -- one delivery ------------------------------------------------------------------------------------
 
     def dequeue_job_and_maintain_ttl(self, timeout: int | None, max_idle_time: int | None = None) -> Any:
-        self._ensure_engine()  # after a job that killed it, before waiting for the next one
-        return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+        while True:
+            self._ensure_engine()  # after a job that killed it, before waiting for the next one
+            try:
+                return super().dequeue_job_and_maintain_ttl(timeout, max_idle_time)
+            except ResponseError as error:  # RQ waits for a Redis that is away, not for one that is full
+                logger.warning("Redis refuses to work: %s", error)
+                self._wait_for_redis()
 
     def execute_job(self, job: RqJob, queue: Queue) -> None:
         self._ensure_engine()
@@ -159,9 +165,10 @@ class GpuWorker(Worker):
             raise StopRequested from error  # anything else RQ would log with a traceback and forget
 
     def _reap_horse(self) -> None:
-        with suppress(ChildProcessError):
-            self.wait_for_horse()
-        self._horse_pid = 0
+        if self.horse_pid:  # else there was none yet, and any other child would be waited for
+            with suppress(ChildProcessError):
+                self.wait_for_horse()
+            self._horse_pid = 0
 
     def _close(self, job_id: str, *, delivery: str) -> None:
         """Hand on an attempt whose horse died without a word, and clear the delivery away."""
@@ -173,14 +180,14 @@ class GpuWorker(Worker):
             self._job_queue.discard(delivery)
             if self._promises.storage.has_ended(job_id):
                 self._job_queue.forget(job_id)
-        except (QueueUnavailable, StorageUnavailable, OSError) as error:
+        except (JobNotFound, QueueUnavailable, StorageUnavailable, OSError, ValidationError) as error:
             logger.warning("The job is left to reconciliation: %s", error)
 
     def _wait_for_redis(self) -> None:
-        """RQ would end the worker, and lose a warm engine, where Redis is away between two jobs."""
+        """RQ would end the worker, and lose a warm engine, where Redis is away or full between two jobs."""
         while not self.told_to_stop:
             try:
-                return self._job_queue.ping()
+                return self._job_queue.announce(self._info())
             except QueueUnavailable:
                 time.sleep(_REDIS_RETRY_SECONDS)
         raise StopRequested

@@ -37,9 +37,9 @@ def video(tmp_path: Path) -> Path:
 
 @pytest.mark.row(6, "deploy: API of this release, worker of the last")
 def test_a_worker_of_the_last_release_finishes_what_this_api_accepts(
-    new_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
+    make_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
 ) -> None:
-    rig = new_rig()
+    rig = make_rig()
     rig.start_api()
     this_one = rig.start_worker()
     rig.learn(video)
@@ -50,9 +50,9 @@ def test_a_worker_of_the_last_release_finishes_what_this_api_accepts(
 
 @pytest.mark.row(6, "deploy: API of the last release, worker of this one")
 def test_a_worker_of_this_release_finishes_what_the_last_api_accepts(
-    new_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
+    make_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
 ) -> None:
-    rig = new_rig()
+    rig = make_rig()
     rig.start_api(environment=previous)
     the_last = rig.start_worker(environment=previous)
     rig.learn(video)
@@ -63,9 +63,9 @@ def test_a_worker_of_this_release_finishes_what_the_last_api_accepts(
 
 @pytest.mark.row(6, "deploy: all replaced in the middle of a job")
 def test_a_job_that_the_last_release_has_begun_is_finished_by_this_one(
-    new_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
+    make_rig: Callable[..., Rig], previous: Mapping[str, str], video: Path, row: Row
 ) -> None:
-    rig = new_rig()
+    rig = make_rig()
     api = rig.start_api(environment=previous)
     old = rig.start_worker(environment=previous)
     with rig.new_client("client") as client:
