@@ -1,7 +1,7 @@
 """What it costs to store a job in spans: ``python benchmarks/spans.py``.
 
 Runs whole attempts at a job, from a video of 854×480 pixels to the synced artifacts, in turn with spans of
-256 frames and with one span for the whole video. Engines are as fast as they get, which is the worst case: the
+256 frames and with one span for the whole video. Engines are as fast as they get, the worst case: the
 smallest network at its smallest input size, and a stand-in that takes bright pixels for foreground. A ratio
 is that of the two attempts of a round. The disk is that of ``--directory``.
 """
@@ -39,6 +39,7 @@ STAND_IN = ModelInfo(name="brightness", backbone="none", weights_sha256="0" * 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--frames", type=int, default=1024)
     parser.add_argument("--span", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=5)
@@ -54,11 +55,11 @@ def main() -> None:
             f"| engine | artifacts | one span, frames/s | spans of {given.span}, frames/s | ratio | spread |"
         )
         print("| --- | --- | --- | --- | --- | --- |")
-        for engine in (network, stand_in):
-            with engine(Path(name)) as (socket, pid, ready):
+        for engine in given.engines:
+            with ENGINES[engine](Path(name)) as (socket, pid, ready):
                 for kinds in ((ArtifactKind.MASKS,), tuple(ArtifactKind)):
                     job = Job(video, given.frames, kinds, Path(name) / "job", socket, pid, ready)
-                    compare(engine.__name__, job, given.span, given.rounds)
+                    compare(engine, job, given.span, given.rounds)
 
 
 def compare(engine: str, job: "Job", span: int, rounds: int) -> None:
@@ -165,6 +166,9 @@ def stand_in(directory: Path) -> Iterator[tuple[Path, int, EngineReady]]:
             yield socket, process.pid, ready
         finally:
             process.kill()
+
+
+ENGINES = {"network": network, "stand-in": stand_in}
 
 
 def serve_brightness(socket: Path) -> None:

@@ -1,9 +1,17 @@
 """Settings, from ``IMCNET_…`` environment variables; read at the edge, below it there are plain values."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, AliasChoices, Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    AfterValidator,
+    AliasChoices,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from service.errors import Misconfigured
@@ -53,6 +61,13 @@ class SharedSettings(BaseSettings):
     max_corrupt_fraction: float = Field(
         default=0.05, ge=0, le=1, description="Share of damaged packets above which a job fails."
     )
+
+    @model_validator(mode="after")
+    def _reconcile_often_enough(self) -> Self:
+        # A gap of half a lease is taken for an outage of Redis, after which nobody's lease is called lost.
+        if self.reconcile_seconds > self.lease_seconds / 4:
+            raise ValueError("IMCNET_RECONCILE_SECONDS must be a fourth of IMCNET_LEASE_SECONDS at most")
+        return self
 
     def require_redis_url(self) -> str:
         """Raises: Misconfigured: No Redis is configured."""

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from pydantic import ValidationError
+from pydantic_core import ErrorDetails
 
 from model.shipped import SHIPPED_WEIGHTS
 from service.errors import Misconfigured
@@ -22,8 +23,7 @@ def read_settings(kind: type[SettingsT], **given: object) -> SettingsT:
     try:
         return kind.model_validate({name: value for name, value in given.items() if value is not None})
     except ValidationError as error:
-        complaints = (f"{_variable(str(e['loc'][0]))}: {e['msg']}" for e in error.errors())
-        raise Misconfigured("; ".join(complaints)) from error
+        raise Misconfigured("; ".join(map(_complaint, error.errors()))) from error
 
 
 def require_weights(settings: WorkerSettings) -> Path:
@@ -38,5 +38,8 @@ def require_weights(settings: WorkerSettings) -> Path:
     return weights
 
 
-def _variable(name: str) -> str:
-    return name if name.isupper() else f"IMCNET_{name.upper()}"
+def _complaint(error: ErrorDetails) -> str:
+    if not error["loc"]:  # of several settings together
+        return error["msg"].removeprefix("Value error, ")
+    name = str(error["loc"][0])
+    return f"{name if name.isupper() else f'IMCNET_{name.upper()}'}: {error['msg']}"

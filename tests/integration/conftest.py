@@ -150,6 +150,7 @@ def stack(tmp_path: Path, redis: Redis, redis_url: str, untrained_weights: Path)
             "IMCNET_CPU_THREADS": "1",
             "IMCNET_DISK_RESERVE_BYTES": "0",
             "IMCNET_LEASE_SECONDS": "6",
+            "IMCNET_RECONCILE_SECONDS": "1",
         },
     )
     yield stack

@@ -137,8 +137,8 @@ def test_finished_jobs_expire_with_all_their_files(stack: Stack, tmp_path: Path)
             return client.get(f"/jobs/{job_id}").status_code == 410
 
     eventually(gone, within_seconds=60, what="the job expires")
-    files = [path.relative_to(stack.data_dir) for path in stack.data_dir.rglob("*") if path.is_file()]
-    assert files == [Path("tombstones") / job_id]
+    files = {path.relative_to(stack.data_dir) for path in stack.data_dir.rglob("*") if path.is_file()}
+    assert files == {Path("identity"), Path("tombstones") / job_id}
 
 
 @pytest.mark.data

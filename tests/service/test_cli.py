@@ -121,6 +121,7 @@ def test_serve_says_that_its_port_is_taken(redis_url: str, tmp_path: Path) -> No
 
 def test_a_setting_that_is_not_valid_is_named() -> None:
     assert "IMCNET_PORT" in error_of(imcnet("serve", IMCNET_PORT="http"))
+    assert "IMCNET_RECONCILE_SECONDS" in error_of(imcnet("serve", IMCNET_LEASE_SECONDS="6"))
 
 
 @pytest.mark.processes
