@@ -208,6 +208,7 @@ class GpuWorker(Worker):
 
     def heartbeat(self, timeout: int | None = None, pipeline: Any = None) -> None:
         super().heartbeat(timeout, pipeline)
+        worker_registration.register(self, pipeline)  # RQ does it once, but Redis may have been emptied since
         with suppress(QueueUnavailable):
             self._job_queue.announce(self._info())
 
