@@ -73,7 +73,13 @@ def build_services(settings: ServiceSettings) -> Services:
         max_queued_jobs=settings.max_queued_jobs,
     )
     idempotency = IdempotencyKeys(settings.data_dir / "idempotency")
-    return Services(settings=settings, storage=storage, queue=queue, idempotency=idempotency)
+    return Services(
+        settings=settings,
+        storage=storage,
+        queue=queue,
+        idempotency=idempotency,
+        probing=asyncio.Semaphore(settings.max_probes),
+    )
 
 
 def _chores(services: Services) -> tuple[tuple[Callable[[], None], float], ...]:

@@ -1,5 +1,6 @@
 """What the endpoints work with."""
 
+import asyncio
 import threading
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -20,12 +21,13 @@ from service.tally import job_finished
 
 @dataclass(frozen=True)
 class Services:
-    """The settings, where jobs are kept, where they wait, and what clients call them."""
+    """The settings, where jobs are kept and where they wait, what clients call them, who may probe."""
 
     settings: ServiceSettings
     storage: JobStorage
     queue: JobQueue
     idempotency: IdempotencyKeys
+    probing: asyncio.Semaphore
     stopping: threading.Event = field(default_factory=threading.Event)  # whoever waits now, answers
 
     @property

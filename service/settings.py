@@ -106,6 +106,9 @@ class ServiceSettings(SharedSettings):
     disk_reserve_bytes: NonNegativeInt = Field(
         default=5 * GIB, description="Free disk space that an upload must leave, beside twice its own size."
     )
+    max_probes: PositiveInt = Field(
+        default=4, description="Uploads that are probed at the same time; others wait for their turn."
+    )
     probe_timeout_seconds: PositiveFloat = Field(
         default=15, description="Time limit of the probe of an upload."
     )

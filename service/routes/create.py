@@ -176,7 +176,8 @@ def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> 
 async def _accept(
     services: Services, upload: Upload, options: JobOptions, *, key: HeldKey | None = None
 ) -> JobRecord:
-    record = await _probe(upload, options, services.settings)
+    async with services.probing:  # many at once would all take longer than they are allowed
+        record = await _probe(upload, options, services.settings)
     await run_in_threadpool(_enter, services, record, upload, key)
     return record
 

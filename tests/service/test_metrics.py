@@ -65,6 +65,7 @@ def application(connection: Redis, storage: JobStorage) -> FastAPI:
         storage=storage,
         queue=queue,
         idempotency=IdempotencyKeys(storage.root / "idempotency"),
+        probing=asyncio.Semaphore(1),
     )
     app.state.metrics = metrics
     app.add_middleware(RequestMetrics, metrics=metrics)
