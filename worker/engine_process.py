@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
@@ -172,7 +172,9 @@ class EngineStream:
         self.decode_s = 0.0
         self.inference_s = 0.0
 
-    def segment(self, frames: Iterable[VideoFrame], request: StreamRequest) -> Iterator[SegmentedFrame]:
+    def segment(
+        self, frames: Iterable[VideoFrame], request: StreamRequest
+    ) -> Generator[SegmentedFrame, None, None]:
         """Send all ``frames`` through the engine and yield those that get masks with them, in order.
 
         Raises:

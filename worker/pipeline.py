@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from datetime import datetime
 from pathlib import Path
 from types import TracebackType
@@ -76,8 +76,11 @@ def run_job(
         quality=record.options.quality,
         start=context,
     )
-    segmented = stream.segment(video.frames_from(done_before - context), request)
-    with _Work(record, video, workspace, spans, stream, finished) as work:
+    with (
+        # Closed before the video is, in any case: a thread of the stream's decodes it.
+        closing(stream.segment(video.frames_from(done_before - context), request)) as segmented,
+        _Work(record, video, workspace, spans, stream, finished) as work,
+    ):
         for count, each in enumerate(segmented, start=1):
             work.add(each)
             report(_progress(done_before + count, record.input.frames, count, started_at))
