@@ -11,7 +11,10 @@ IMCNET_TEST_DATA ?= ../shared/data
 CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout.mp4),"$(clip)" --truth "$(clip:.mp4=.masks.zip)")
 
 .DEFAULT_GOAL := help
-.PHONY: help demo up test lint format clean
+JOBS ?= 1000
+SEED ?= 1
+
+.PHONY: help demo up test chaos soak lint format clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -24,6 +27,12 @@ up: $(INSTALLED) ## run API, worker and a private Redis in this terminal (WEIGHT
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest
+
+chaos: $(INSTALLED) ## inject every fault of the catalogue into a running service (SEED=1)
+	$(BIN)/python -m pytest tests/chaos -m chaos --chaos full --chaos-seed $(SEED)
+
+soak: $(INSTALLED) ## many short jobs while everything is killed at random (JOBS=1000 SEED=1)
+	$(BIN)/python -m tests.chaos.soak --jobs $(JOBS) --seed $(SEED)
 
 lint: $(INSTALLED) ## check style and types
 	$(BIN)/ruff check

@@ -99,7 +99,7 @@ def test_a_job_whose_forward_pass_hangs_ends_at_its_limit(
 def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video whose single frames take more memory than an engine has at hand after small ones."""
     path = tmp_path_factory.mktemp("large") / "clip.mp4"
-    return write_video(path, moving_square(10, width=1920, height=1080))
+    return write_video(path, moving_square(10, width=3840, height=2160))
 
 
 @pytest.mark.row(7, "out of memory, once")

@@ -54,7 +54,7 @@ def test_whatever_step_a_job_dies_at_its_archive_is_published_once_and_whole(
         with rig.trial() as client:
             steps.order(step, victim=victim)
             job_id = client.accepted(video)
-            job = downloaded_all_the_time(client, job_id)
+            job = downloaded_all_the_time(rig, client, job_id)
             assert job["status"] == "succeeded", job
             assert len(steps.taken()) == step, "it died elsewhere"
             rig.replace_the_dead()
@@ -78,10 +78,11 @@ def spread(every: range, count: int) -> list[int]:
     return sorted({every[-1 - round(index * (len(every) - 1) / count)] for index in range(count)})
 
 
-def downloaded_all_the_time(client: Client, job_id: str) -> dict[str, object]:
+def downloaded_all_the_time(rig: Rig, client: Client, job_id: str) -> dict[str, object]:
     """The job's end. Until then and once after it every download is tried: what comes has to be whole."""
 
     def look(job: dict[str, object]) -> bool:
+        rig.relaunch_dead_workers()
         client.download(job_id)
         return job["status"] in TERMINAL
 

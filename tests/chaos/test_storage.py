@@ -314,7 +314,7 @@ def slow_download(rig: Rig, url: str) -> Iterator[Callable[[], bytes]]:
 def test_a_download_outlives_its_job(
     make_rig: Callable[..., Rig], tmp_path: Path, scale: Scale, row: Row, end: str
 ) -> None:
-    video = write_video(tmp_path / "noise.mp4", noise(30, width=640, height=480))
+    video = write_video(tmp_path / "noise.mp4", noise(100, width=640, height=480))
     rig = make_rig(retention_seconds=4 if end == "expiry" else 1000)
     rig.start_api()
     rig.start_worker()
@@ -332,7 +332,7 @@ def test_a_download_outlives_its_job(
                     assert client.delete(job_id)
                 eventually(partial(is_gone, client, job_id), within_seconds=20, what="the job is gone")
                 assert is_gone(client, job_id, path=artifact["url"])
-                assert open_artifacts(api) == len(downloads), "the downloads were over before the job was"
+                assert open_artifacts(api) >= len(downloads), "the downloads were over before the job was"
                 for rest in downloads:
                     assert hashlib.sha256(rest()).hexdigest() == artifact["sha256"]
                     row.runs += 1
@@ -347,6 +347,6 @@ def is_gone(client: Client, job_id: str, *, path: str | None = None) -> bool:
 
 
 def open_artifacts(api: psutil.Process) -> int:
-    """How many downloads the API has not read to their end; their files have no name any more."""
+    """How many files of downloads the API still has open, one or two for each; they have no name any more."""
     links = (entry.readlink() for entry in Path(f"/proc/{api.pid}/fd").iterdir())
     return sum("overlay.mp4" in str(link) for link in links)
