@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from redis import Redis
 
 from tests.videos import moving_square, write_video
 
@@ -126,7 +127,7 @@ def test_a_setting_that_is_not_valid_is_named() -> None:
 
 @pytest.mark.processes
 def test_a_worker_does_not_fall_back_from_a_gpu_that_is_not_there(
-    redis_url: str, untrained_weights: Path, tmp_path: Path
+    redis: Redis, redis_url: str, untrained_weights: Path, tmp_path: Path
 ) -> None:
     result = imcnet(
         *("worker", "--device", "cuda:7", "--weights", untrained_weights),
