@@ -30,8 +30,11 @@ def family(worker: Worker) -> list[psutil.Process]:
 
 def kill(*processes: psutil.Process | None) -> bool:
     """SIGKILL at once; whether all of them were alive."""
-    were_alive = [_signal(process, signal.SIGKILL) for process in processes]
-    return all(were_alive)
+    # Looked at before the first dies: its children may go with it.
+    alive = [process for process in processes if process is not None and _is_alive(process)]
+    for process in alive:
+        _signal(process, signal.SIGKILL)
+    return len(alive) == len(processes)
 
 
 @contextmanager
@@ -58,7 +61,7 @@ def _children(worker: Worker) -> list[psutil.Process]:
         children = psutil.Process(worker.pid).children()
     except psutil.NoSuchProcess:
         return []
-    return [child for child in children if _state(child) not in (None, psutil.STATUS_ZOMBIE)]
+    return [child for child in children if _is_alive(child)]
 
 
 def _is_at_rest(process: psutil.Process | None) -> bool:
@@ -72,17 +75,17 @@ def _is_engine(process: psutil.Process) -> bool:
         return False
 
 
+def _is_alive(process: psutil.Process) -> bool:
+    return _state(process) not in (None, psutil.STATUS_ZOMBIE)
+
+
 def _state(process: psutil.Process) -> str | None:
     with contextlib.suppress(psutil.NoSuchProcess):
         return str(process.status())
     return None
 
 
-def _signal(process: psutil.Process | None, number: signal.Signals) -> bool:
-    if process is None or _state(process) in (None, psutil.STATUS_ZOMBIE):
-        return False
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return False
-    return True
+def _signal(process: psutil.Process | None, number: signal.Signals) -> None:
+    if process is not None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.send_signal(number)

@@ -221,8 +221,8 @@ class Rig(Stack):
         """A client whose history, and what it leaves behind, satisfy all invariants at the end of the block.
 
         By then every job has to have been seen to its end, and everything has to be running again. If
-        anything fails, the history is written to a file that the error names, and the dead are replaced for
-        the next trial.
+        anything fails, the history is written to a file that the error names, and for the next trial the dead
+        are replaced and the jobs removed.
         """
         self.history = History()
         try:
@@ -234,7 +234,14 @@ class Rig(Stack):
             self.history.dump(path)
             error.add_note(f"history of the clients: {path}\nlog of the service: {self.directory / 'log'}")
             self.replace_the_dead()
+            self._clear()
             raise
+
+    def _clear(self) -> None:
+        """Take away the jobs of a trial that has failed: they are no business of the next one."""
+        with self.new_client("broom") as client:
+            for job_id in self.history.acknowledged:
+                client.delete(job_id)
 
     def _verify(self, client: Client) -> None:
         """Raises: AssertionError: An invariant does not hold."""

@@ -5,10 +5,10 @@
 
 import random
 import tempfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,16 +69,22 @@ def soak(
     for clip in clips:
         rig.learn(clip)
     report, began_at = Report(), time.monotonic()
-    with rig.trial() as client:
+    with rig.trial() as client, ThreadPoolExecutor(1) as threads:
         saboteur = _Saboteur(rig, random.Random(chance.random()), report)
         customer = _Customer(client, clips, jobs, random.Random(chance.random()), report)
-        with saboteur:
+
+        def serve() -> None:
             news_at = began_at
             while not customer.is_served:
                 customer.serve()
                 if time.monotonic() >= news_at:
                     say(f"{time.monotonic() - began_at:5.0f} s  {customer}, kills: {_counts(report.faults)}")
                     news_at += _NEWS_SECONDS
+
+        served = threads.submit(serve)
+        # Here and not in a thread: what a thread has started dies with it.
+        saboteur.strike_until(served.done)
+        served.result()
         customer.clear_up()
     report.seconds = time.monotonic() - began_at
     report.lives = saboteur.footprints.lives()
@@ -160,39 +166,26 @@ class _Customer:
 
 
 class _Saboteur:
-    """A thread that kills, starts again what is dead, and looks at what lives. Ends with all in order."""
+    """Kills, starts again what is dead, and looks at what lives."""
 
     def __init__(self, rig: Rig, chance: random.Random, report: Report) -> None:
         self._rig = rig
         self._chance = chance
         self._report = report
         self._spared = rig.living_workers[0]
-        self._over = threading.Event()
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run)
         self.footprints = Footprints()
 
-    def __enter__(self) -> None:
-        self._thread.start()
-
-    def __exit__(self, *_: object) -> None:
-        self._over.set()
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-
-    def _run(self) -> None:
-        try:
-            due_at = time.monotonic() + self._pause_seconds()
-            while not self._over.wait(_TICK_SECONDS):
-                self._look()
-                self._rig.relaunch_dead_workers()
-                if time.monotonic() >= due_at:
-                    self._strike(self._chance.choices([*_FAULTS], [*_FAULTS.values()])[0])
-                    due_at = time.monotonic() + self._pause_seconds()
-            self._rig.replace_the_dead()
-        except BaseException as error:  # raised where the soak waits for this thread
-            self._error = error
+    def strike_until(self, is_over: Callable[[], bool]) -> None:
+        """Returns with everything in order."""
+        due_at = time.monotonic() + self._pause_seconds()
+        while not is_over():
+            self._look()
+            self._rig.relaunch_dead_workers()
+            if time.monotonic() >= due_at:
+                self._strike(self._chance.choices([*_FAULTS], [*_FAULTS.values()])[0])
+                due_at = time.monotonic() + self._pause_seconds()
+            time.sleep(_TICK_SECONDS)
+        self._rig.replace_the_dead()
 
     def _pause_seconds(self) -> float:
         return self._chance.uniform(0, 2 * _FAULT_SECONDS)

@@ -33,7 +33,7 @@ def test_jobs_that_outlast_their_lease_are_run_once_whatever_the_clocks_say(
 ) -> None:
     video = clip(FRAMES)
     rig.learn(video)
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             job_ids = [client.accepted(video) for _ in range(2 * len(SECONDS_OFF))]
             jobs = [client.ended(job_id, within_seconds=120) for job_id in job_ids]

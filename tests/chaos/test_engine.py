@@ -60,7 +60,7 @@ def test_a_hung_forward_pass_costs_an_attempt_and_an_engine(
     with one_worker(rig, engine_stall_seconds=STALL_SECONDS) as worker:
         rig.learn(clip(FRAMES))
         rig.learn(clip(5))
-        for _ in range(scale.of(quick=1, full=5)):
+        for _ in range(scale.of(quick=1, full=3)):
             with rig.trial() as client:
                 job_id = client.accepted(clip(FRAMES))
                 client.running(job_id, frames=1)
@@ -82,7 +82,7 @@ def test_a_job_whose_forward_pass_hangs_ends_at_its_limit(
     times = []
     with one_worker(rig) as worker:
         rig.learn(clip(5))
-        for _ in range(scale.of(quick=1, full=3)):
+        for _ in range(scale.of(quick=1, full=2)):
             with rig.trial() as client:
                 began_at = time.monotonic()
                 job_id = client.accepted(clip(FRAMES))
@@ -111,7 +111,7 @@ def test_an_engine_without_memory_is_replaced(
     with one_worker(rig) as worker:
         rig.learn(large)
         rig.learn(clip(5))
-        for _ in range(scale.of(quick=1, full=5)):
+        for _ in range(scale.of(quick=1, full=3)):
             with rig.trial() as client:
                 # The one that has worked at the large video holds enough memory for it.
                 kill(running_engine(worker))

@@ -142,7 +142,7 @@ def test_a_horse_whose_worker_sleeps_publishes_once_or_not_at_all(
     video = clip(2 * FRAMES)
     rig.learn(video)
     first = 0
-    for _ in range(scale.of(quick=1, full=6)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             job_id = client.accepted(video)
             client.running(job_id, frames=chance.randint(1, FRAMES))

@@ -95,7 +95,7 @@ def test_of_many_posts_to_an_api_that_is_killed_none_is_lost_or_doubled(
 ) -> None:
     queued, unacknowledged = [], 0
     with rig.trial() as client:
-        for _ in range(scale.of(quick=3, full=30)):
+        for _ in range(scale.of(quick=3, full=20)):
             over = threading.Event()
             with rig.history.during("the API is killed"), ThreadPoolExecutor(4) as threads:
                 keyed = [threads.submit(post_until_accepted, rig, clip(3), over) for _ in range(2)]

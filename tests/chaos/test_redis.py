@@ -178,7 +178,7 @@ def test_without_redis_all_is_answered_and_running_jobs_finish(
 ) -> None:
     rig = behind_proxy
     answers: list[float] = []
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=2)):
         with rig.trial() as client:
             engines = {worker["engine_pid"] for worker in rig.workers()}
             done = client.accepted(clip(SHORT))
@@ -253,7 +253,7 @@ def test_what_redis_held_is_rebuilt_in_order_after_flushall(
 ) -> None:
     rig.learn(clip(SHORT))
     rig.learn(clip(240))
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             done = client.accepted(clip(SHORT))
             client.ended(done)
@@ -289,7 +289,7 @@ def test_a_full_redis_takes_no_jobs_and_loses_none(
     rig.learn(clip(SHORT))
     rig.learn(clip(240))
     redis = rig.server.client
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             engine_pid = rig.workers()[0]["engine_pid"]
             running = client.accepted(clip(240))

@@ -21,7 +21,7 @@ def test_many_jobs_survive_many_kills(
     rig.start_api()
     rig.start_workers(2)
     progress: list[str] = []
-    report = soak(rig, clips(tmp_path), jobs=scale.of(quick=30, full=300), chance=chance, say=progress.append)
+    report = soak(rig, clips(tmp_path), jobs=scale.of(quick=30, full=150), chance=chance, say=progress.append)
     row.runs += sum(report.ends.values())
     row.figures["kills"] = str(sum(report.faults.values()))
     row.figures["jobs with more than one attempt"] = str(

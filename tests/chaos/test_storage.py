@@ -2,11 +2,10 @@
 
 import hashlib
 import random
-import socket
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -108,7 +107,7 @@ def test_an_upload_that_finds_no_room_is_refused_and_leaves_nothing(
     row: Row,
     run_full: Callable[[Rig, Client, bytes], Upload],
 ) -> None:
-    for _ in range(scale.of(quick=1, full=10)):
+    for _ in range(scale.of(quick=1, full=4)):
         with rig.trial() as client:
             done = client.accepted(clip(SHORT))
             client.ended(done)
@@ -131,7 +130,7 @@ def test_a_job_that_finds_no_room_fails_and_the_next_one_is_fine(
     rig: Rig, clip: Callable[[int], Path], scale: Scale, chance: random.Random, row: Row
 ) -> None:
     ends = []
-    for _ in range(scale.of(quick=1, full=10)):
+    for _ in range(scale.of(quick=1, full=5)):
         with rig.trial() as client:
             job_id = client.accepted(clip(LONG))
             client.running(job_id, frames=chance.randint(1, LONG // 2))
@@ -151,7 +150,7 @@ def test_a_job_whose_outcome_finds_no_room_fails_as_soon_as_there_is_some(
     rig: Rig, clip: Callable[[int], Path], scale: Scale, row: Row
 ) -> None:
     ends = []
-    for _ in range(scale.of(quick=1, full=10)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             (worker,) = rig.living_workers
             with stopped(engine(worker)):  # no mask is made yet, and so none can make room for the outcome
@@ -181,7 +180,7 @@ def test_a_job_whose_outcome_finds_no_room_fails_as_soon_as_there_is_some(
 def test_a_job_survives_that_the_storage_is_read_only_for_a_while(
     rig: Rig, clip: Callable[[int], Path], scale: Scale, chance: random.Random, row: Row
 ) -> None:
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             done = client.accepted(clip(SHORT))
             client.ended(done)
@@ -209,7 +208,7 @@ def test_a_job_survives_that_the_storage_is_read_only_for_a_while(
 def test_a_slow_storage_slows_down_only_those_who_write(
     make_rig: Callable[..., Rig], clip: Callable[[int], Path], scale: Scale, row: Row
 ) -> None:
-    uploads = scale.of(quick=8, full=50)
+    uploads = scale.of(quick=3, full=20)
     rig = make_rig()
     rig.start_api(environment=slow_storage(seconds=1))
     worker = rig.start_worker()
@@ -252,7 +251,7 @@ def test_a_damaged_archive_is_never_served_as_good(
         good = client.download(job_id)
         assert good is not None
         (archive,) = (rig.data_dir / "jobs" / job_id).glob("artifacts-*/masks.zip")
-        for _ in range(scale.of(quick=20, full=500)):
+        for _ in range(scale.of(quick=20, full=300)):
             place = chance.randrange(len(good))
             damaged = bytearray(good)
             damaged[place] ^= 1 << chance.randrange(8)
@@ -292,12 +291,7 @@ def is_refused_as_damaged(client: Client, url: str, headers: dict[str, str]) -> 
 @contextmanager
 def slow_download(rig: Rig, url: str) -> Iterator[Callable[[], bytes]]:
     """A download of which the first bytes have come. Yields: What reads the rest, and returns all of it."""
-    # A small window, or the kernel would take the file off the server's hands at once.
-    transport = httpx.HTTPTransport(socket_options=[(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)])
-    with (
-        httpx.Client(base_url=rig.url, transport=transport, timeout=60) as client,
-        client.stream("GET", url) as answer,
-    ):
+    with httpx.Client(base_url=rig.url, timeout=60) as client, client.stream("GET", url) as answer:
         assert answer.status_code == 200
         pieces = answer.iter_raw(chunk_size=1000)
         first = next(pieces)
@@ -314,13 +308,13 @@ def slow_download(rig: Rig, url: str) -> Iterator[Callable[[], bytes]]:
 def test_a_download_outlives_its_job(
     make_rig: Callable[..., Rig], tmp_path: Path, scale: Scale, row: Row, end: str
 ) -> None:
-    video = write_video(tmp_path / "noise.mp4", noise(100, width=640, height=480))
+    video = write_video(tmp_path / "noise.mp4", noise(100, width=640, height=480))  # more than sockets hold
     rig = make_rig(retention_seconds=4 if end == "expiry" else 1000)
     rig.start_api()
     rig.start_worker()
     api = psutil.Process(rig.api.pid)
     with rig.new_client("client") as client:
-        for _ in range(scale.of(quick=1, full=5)):
+        for _ in range(scale.of(quick=1, full=2)):
             job_id = client.accepted(video, artifacts=["overlay"])
             (artifact,) = client.ended(job_id)["artifacts"]
             with ExitStack() as stack:
@@ -348,5 +342,8 @@ def is_gone(client: Client, job_id: str, *, path: str | None = None) -> bool:
 
 def open_artifacts(api: psutil.Process) -> int:
     """How many files of downloads the API still has open, one or two for each; they have no name any more."""
-    links = (entry.readlink() for entry in Path(f"/proc/{api.pid}/fd").iterdir())
-    return sum("overlay.mp4" in str(link) for link in links)
+    count = 0
+    for entry in Path(f"/proc/{api.pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            count += "overlay.mp4" in str(entry.readlink())
+    return count
