@@ -1,7 +1,6 @@
 """What a job leaves: the mask archive and the overlay video, put together from their parts."""
 
 import hashlib
-import io
 import json
 import zipfile
 from collections.abc import Iterable, Sequence
@@ -13,7 +12,6 @@ from typing import Any, Self
 import av
 import av.video.stream
 import numpy as np
-from PIL import Image
 
 from service.durable import sync
 from service.jobs import Artifact, JobOptions, ModelInfo
@@ -137,13 +135,6 @@ class OverlaySegment:
         own = None if time_seconds is None else round(time_seconds / _OVERLAY_TIME_BASE)
         self.last_pts = own if own is not None and own > self.last_pts else beat
         return self.last_pts
-
-
-def encode_mask(mask: Mask) -> bytes:
-    """A one-bit greyscale PNG of a ``(H, W)`` bool mask."""
-    buffer = io.BytesIO()
-    Image.fromarray(mask).save(buffer, "PNG", compress_level=1)
-    return buffer.getvalue()
 
 
 def tint(image: Frame, mask: Mask) -> Frame:

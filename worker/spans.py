@@ -25,8 +25,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from service.durable import clear, sync, write_synced
 from service.errors import ImcnetError
 from service.jobs import read_stored
-from worker.artifacts import OverlaySegment, encode_mask
+from worker.artifacts import OverlaySegment
 from worker.decode import VideoFrame
+from worker.png import encode_mask
 from worker.protocol import Mask
 
 logger = logging.getLogger(__name__)

@@ -10,8 +10,9 @@ import pytest
 from PIL import Image
 
 from service.jobs import JobOptions, ModelInfo
-from worker.artifacts import OverlaySegment, encode_mask, tint, write_archive, write_overlay
+from worker.artifacts import OverlaySegment, tint, write_archive, write_overlay
 from worker.decode import VideoFrame
+from worker.png import encode_mask
 from worker.protocol import Mask
 
 MODEL = ModelInfo(name="m", backbone="resnet18", weights_sha256="0" * 64, trained=True)
@@ -53,13 +54,6 @@ def overlay(directory: Path, *parts: list[tuple[VideoFrame, Mask]]) -> Path:
         last_pts = segment.last_pts
     write_overlay(directory / "overlay.mp4", segments)
     return directory / "overlay.mp4"
-
-
-def test_a_mask_is_a_one_bit_png_of_0_and_255() -> None:
-    ((_, mask),) = frames(1)
-    image = Image.open(io.BytesIO(encode_mask(mask)))
-    assert (image.mode, image.size) == ("1", (47, 33))
-    assert np.array_equal(np.asarray(image.convert("L")), np.where(mask, 255, 0))
 
 
 def test_the_archive_holds_every_mask_and_a_manifest_of_the_content_alone(tmp_path: Path) -> None:
