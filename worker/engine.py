@@ -9,9 +9,11 @@ import logging
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import closing, suppress
+from functools import partial
 from multiprocessing.connection import Connection, Listener
 from typing import TextIO
 
@@ -22,6 +24,7 @@ import torch
 from model.errors import ModelError
 from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
+from model.stages import WriteBehind, read_ahead
 from model.weights import file_sha256, load_weights
 from service.jobs import ModelInfo
 from service.logs import configure_logging
@@ -37,14 +40,21 @@ from worker.protocol import (
     EngineReady,
     EngineRefused,
     Frame,
+    Mask,
     StreamRequest,
     pack_mask,
 )
 
 logger = logging.getLogger("worker.engine")  # run as a module, its own name is another
 
-# What a bare RuntimeError says: of PyTorch's allocator for the CPU, and of CUDA outside of PyTorch's.
-_OUT_OF_MEMORY_SIGNS = ("can't allocate memory", "not enough memory", "out of memory")
+# What a bare RuntimeError says: of PyTorch's allocator for the CPU, of CUDA outside of PyTorch's, of Python.
+_OUT_OF_MEMORY_SIGNS = (
+    "can't allocate memory",
+    "not enough memory",
+    "out of memory",
+    "can't start new thread",  # for want of a stack
+)
+_FRAMES_AHEAD = _MASKS_BEHIND = 4  # what waits before and behind the network
 _BACKLOG = 16  # connections that wait while a stream is served: the next one, and signs of life
 
 
@@ -139,32 +149,65 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 
 def _segment(connection: Connection, segmenter: Segmenter, request: StreamRequest) -> None:
-    waited = 0.0
+    """Receive, segment and send side by side. Raises: EOFError, ConnectionError: The horse has hung up."""
+    sending = threading.Lock()
 
-    def frames() -> Iterator[Frame]:
-        nonlocal waited
+    def send(message: bytes) -> None:
+        with sending:
+            connection.send_bytes(message)
+
+    def received() -> Iterator[Frame]:
         while True:
-            began = time.monotonic()
             message = connection.recv_bytes()
-            connection.send_bytes(TAKEN)  # small frames wait in the socket: their sender cannot see it
-            waited += time.monotonic() - began
+            send(TAKEN)  # small frames wait in the socket: their sender cannot see it
             if not message:
                 return
             yield request.parse_frame(message)
 
-    started = time.monotonic()
-    masks = segmenter.segment(
-        frames(),
-        threshold=request.threshold,
-        output_size=(request.mask_height, request.mask_width),
-        start=request.start,
-        quality=request.quality,
-    )
-    for mask in masks:
-        began = time.monotonic()
-        connection.send_bytes(pack_mask(mask, began - started - waited))
-        waited += time.monotonic() - began
-    connection.send_bytes(DONE)
+    idle = _Stopwatch()
+    with (
+        closing(read_ahead(received(), limit=_FRAMES_AHEAD)) as frames,
+        WriteBehind(limit=_MASKS_BEHIND) as out,
+    ):
+        started = time.monotonic()
+        masks = segmenter.segment(
+            idle.during_each(frames),
+            threshold=request.threshold,
+            output_size=(request.mask_height, request.mask_width),
+            start=request.start,
+            quality=request.quality,
+        )
+        for mask in masks:
+            busy = time.monotonic() - started - idle.seconds
+            with idle:
+                out.put(partial(_send_mask, send, mask, busy))
+    send(DONE)
+
+
+def _send_mask(send: Callable[[bytes], None], mask: Mask, busy_seconds: float) -> None:
+    send(pack_mask(mask, busy_seconds))
+
+
+class _Stopwatch:
+    """Adds up the time spent in its blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.monotonic() - self._began
+
+    def during_each(self, items: Iterator[Frame]) -> Iterator[Frame]:
+        """The same items; the time that it takes to get them counts."""
+        while True:
+            with self:
+                item = next(items, None)
+            if item is None:
+                return
+            yield item
 
 
 if __name__ == "__main__":

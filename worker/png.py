@@ -24,7 +24,7 @@ def encode_mask(mask: Mask) -> bytes:
     return (
         _SIGNATURE
         + _chunk(b"IHDR", _HEADER.pack(width, height, *_ONE_BIT_GREYSCALE))
-        + _chunk(b"IDAT", zlib.compress(rows, _FASTEST))
+        + _chunk(b"IDAT", zlib.compress(rows.tobytes(), _FASTEST))
         + _chunk(b"IEND", b"")
     )
 
