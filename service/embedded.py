@@ -72,6 +72,8 @@ class EmbeddedRedis:
             self.stop()
             raise Misconfigured(f"TMPDIR is too long for a unix socket: {socket.parent.parent}")
         self.url = f"unix://{socket}"
+        self._lock.write(self.url)
+        self._lock.flush()
         self.command = _server_command(server, socket, directory, self._log_path)
 
     def answers(self) -> bool:
@@ -120,11 +122,27 @@ class EmbeddedRedis:
         self.stop()
 
 
+def url_of_running(directory: Path) -> str | None:
+    """The URL of the private Redis that somebody runs in ``directory`` at this moment, if anybody does."""
+    try:
+        with (directory / "lock").open() as lock:
+            fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:  # it is held, so what its holder has written holds
+        return (directory / "lock").read_text() or None
+    except OSError:
+        pass
+    return None
+
+
 def _lock(directory: Path) -> TextIO:
-    """Make ``directory`` and hold it: two servers on one append-only file would destroy it."""
+    """Make ``directory`` and hold it: two servers on one append-only file would destroy it.
+
+    Returns:
+        The lock, into which its holder writes the server's URL.
+    """
     try:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        lock = (directory / "lock").open("w")
+        lock = (directory / "lock").open("a")
     except OSError as error:
         raise Misconfigured(f"{directory} cannot be written: {error.strerror}.") from error
     try:
@@ -132,6 +150,7 @@ def _lock(directory: Path) -> TextIO:
     except BlockingIOError as error:
         lock.close()
         raise Misconfigured(f"{directory} is in use by another private Redis.") from error
+    lock.truncate(0)
     return lock
 
 

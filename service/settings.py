@@ -14,9 +14,11 @@ from pydantic import (
 )
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
+from service.embedded import url_of_running
 from service.errors import Misconfigured
 from service.media import MediaLimits
 
+PRIVATE_REDIS = "redis"  # the folder of the data directory that belongs to the one of `imcnet up`
 MIB = 2**20
 GIB = 2**30
 
@@ -70,10 +72,17 @@ class SharedSettings(BaseSettings):
         return self
 
     def require_redis_url(self) -> str:
-        """Raises: Misconfigured: No Redis is configured."""
-        if self.redis_url is None:
-            raise Misconfigured("No Redis is configured: set IMCNET_REDIS_URL, or use `imcnet up`.")
-        return self.redis_url
+        """The Redis that is configured, else the private one of an `imcnet up` with the same data directory.
+
+        Raises:
+            Misconfigured: There is neither.
+        """
+        url = self.redis_url or url_of_running(self.data_dir / PRIVATE_REDIS)
+        if url is None:
+            raise Misconfigured(
+                f"No Redis is configured, and no `imcnet up` runs in {self.data_dir}: set IMCNET_REDIS_URL."
+            )
+        return url
 
     @property
     def media_limits(self) -> MediaLimits:

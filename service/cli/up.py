@@ -25,7 +25,7 @@ from service.cli.serve import (
 from service.cli.settings import read_settings, require_weights
 from service.embedded import EmbeddedRedis
 from service.logs import configure_logging
-from service.settings import ServiceSettings
+from service.settings import PRIVATE_REDIS, ServiceSettings
 from service.supervisor import Child, Supervisor
 from worker.settings import WorkerSettings
 
@@ -49,7 +49,7 @@ def up(
     with contextlib.ExitStack() as stack:
         environment, first_stage = dict(os.environ), []
         if settings.redis_url is None:
-            private = EmbeddedRedis(settings.data_dir / "redis")
+            private = EmbeddedRedis(settings.data_dir / PRIVATE_REDIS)
             stack.callback(private.stop)
             environment["IMCNET_REDIS_URL"] = private.url
             first_stage = [Child(name="Redis", command=private.command, is_ready=private.answers)]

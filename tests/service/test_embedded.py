@@ -7,8 +7,9 @@ import psutil
 import pytest
 from redis import Redis
 
-from service.embedded import EmbeddedRedis, find_redis_server
+from service.embedded import EmbeddedRedis, find_redis_server, url_of_running
 from service.errors import Misconfigured
+from service.settings import PRIVATE_REDIS, SharedSettings
 from tests.waiting import wait_until_gone
 
 pytestmark = pytest.mark.processes
@@ -51,6 +52,26 @@ def test_it_does_not_listen_on_the_network(tmp_path: Path) -> None:
     with EmbeddedRedis(tmp_path) as server, client(server) as redis:
         process = psutil.Process(int(redis.info("server")["process_id"]))
         assert process.net_connections(kind="inet") == []
+
+
+def test_whoever_knows_the_directory_finds_it_while_it_runs(tmp_path: Path) -> None:
+    assert url_of_running(tmp_path) is None
+    with EmbeddedRedis(tmp_path) as server:
+        assert url_of_running(tmp_path) == server.url
+        with pytest.raises(Misconfigured, match="in use"):
+            EmbeddedRedis(tmp_path)
+        assert url_of_running(tmp_path) == server.url
+    assert url_of_running(tmp_path) is None
+
+
+def test_commands_without_a_redis_of_their_own_use_that_of_the_data_directory(tmp_path: Path) -> None:
+    settings = SharedSettings(data_dir=tmp_path)
+    with pytest.raises(Misconfigured, match="No Redis is configured"):
+        settings.require_redis_url()
+    with EmbeddedRedis(tmp_path / PRIVATE_REDIS) as server:
+        assert settings.require_redis_url() == server.url
+    configured = SharedSettings(data_dir=tmp_path, IMCNET_REDIS_URL="redis://elsewhere")
+    assert configured.require_redis_url() == "redis://elsewhere"
 
 
 def test_a_directory_in_use_is_refused(tmp_path: Path) -> None:
