@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from model.backbone import BackboneName, Pyramid, ResNetPyramid
 from model.deform import DeformableConv
@@ -365,9 +366,8 @@ class CascadedAlignment(nn.Module):
         before, reference, after = frames.tensor_split((num_frames // 2, num_frames // 2 + 1), dim=1)
         neighbours = torch.cat([before, after], dim=1)
         aligned = neighbours.flatten(0, 1)
-        targets = reference.expand_as(neighbours).flatten(0, 1)
         for stage in self.stages:
-            aligned = stage(targets, aligned)
+            aligned = stage(reference[:, 0], aligned)
         before, after = aligned.view_as(neighbours).chunk(2, dim=1)
         return torch.cat([before, reference, after], dim=1)
 
@@ -386,9 +386,21 @@ class AlignmentStage(nn.Module):
             nn.init.zeros_(parameter)
 
     def forward(self, reference: Tensor, features: Tensor) -> Tensor:
-        """Args: both ``(N, C, h, w)``. Returns the features moved towards the reference, same shape."""
-        offsets = self.offsets(self.reduce(torch.cat([reference, features], dim=1)))
-        aligned: Tensor = self.deform(features, offsets)
+        """Move features towards the reference.
+
+        Args:
+            reference: ``(B, C, h, w)``.
+            features: Of the B * N neighbours, ``(B * N, C, h, w)``.
+
+        Returns:
+            The features moved, same shape.
+        """
+        # The convolution of [reference, features] is the sum of two; that of the reference serves all N.
+        weight = self.reduce.weight
+        shared = functional.conv2d(reference, weight[:, :CHANNELS], self.reduce.bias, padding=1)
+        own = functional.conv2d(features, weight[:, CHANNELS:], padding=1)
+        reduced = own.view(len(reference), -1, *own.shape[1:]) + shared.unsqueeze(1)
+        aligned: Tensor = self.deform(features, self.offsets(reduced.flatten(0, 1)))
         return aligned
 
 

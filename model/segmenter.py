@@ -1,7 +1,7 @@
 """Frames in, masks out: IMCNet on a stream of any length."""
 
-from collections.abc import Iterable, Iterator
-from functools import reduce
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Self
@@ -11,9 +11,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from model.engine import Engine, TorchEngine
 from model.errors import DeviceError
-from model.imcnet import SIZE_MULTIPLE, FrameFeatures, IMCNet, foreground_probability
-from model.preprocess import normalise, resize_frame, resize_probability
+from model.imcnet import SIZE_MULTIPLE, FrameFeatures, IMCNet
+from model.preprocess import resize_frame, resize_probability
 from model.shipped import SHIPPED_WEIGHTS
 from model.views import Quality, View, views_of
 from model.weights import load_weights
@@ -27,8 +28,7 @@ class Segmenter:
     """Segments the primary object of streams of frames.
 
     Args:
-        network: Moved to the device and switched to evaluation, in place. It computes in the type of its
-            parameters.
+        network: Copied; the original stays as it is. It computes in the type of its parameters.
         device: As for ``resolve_device``.
         input_size: Height and width that frames are resized to, a multiple of 32.
 
@@ -41,10 +41,9 @@ class Segmenter:
         if input_size < SIZE_MULTIPLE or input_size % SIZE_MULTIPLE:
             raise ValueError(f"input_size must be a multiple of {SIZE_MULTIPLE}, got {input_size}")
         self.device = resolve_device(device)
-        self.network = network.to(self.device).eval()
+        self.engine: Engine = TorchEngine(network, device=self.device)
         self.input_size = input_size
         self.layout = WindowLayout(network.config.num_frames, network.config.frame_stride)
-        self._dtype = next(network.parameters()).dtype
 
     @classmethod
     def load(
@@ -77,10 +76,11 @@ class Segmenter:
 
         ``frames[start:stop]`` are segmented; the others serve as their context. So a part of a video gets
         exactly the masks that it has within the whole, given ``layout.margin`` frames on each side.
-        Never more than ``layout.margin`` frames are read ahead of a mask, and never the features of more
-        than ``2 * layout.margin + 1`` frames are held, once a view. At an input size of 480, in float32, one
-        view of a frame takes 28 MB with resnet101 and 7 MB with resnet18; the nine of ``multi_scale`` take
-        11.7 times as much, and as much more time.
+        On a CPU, where the engine takes one window at a time, never more than ``layout.margin`` frames are
+        read ahead of a mask; on CUDA up to two batches more. The features of at most ``2 * layout.margin``
+        frames and a batch are held, once a view. At an input size of 480, in float32, one view of a frame
+        takes 28 MB with resnet101 and 7 MB with resnet18; the nine of ``multi_scale`` take 11.7 times as
+        much, and as much more time.
 
         Args:
             frames: RGB, ``(H, W, 3)`` uint8, all of one size. A buffer may be used again for the next frame.
@@ -113,51 +113,80 @@ class Segmenter:
         frames: Iterable[Frame],
         views: tuple[View, ...],
         threshold: float,
-        output_size: tuple[int, int] | None,
+        size: tuple[int, int] | None,
         start: int,
         stop: int | None,
     ) -> Iterator[Mask]:
-        stream = iter(frames)
-        held: dict[int, dict[View, FrameFeatures]] = {}
-        shape: tuple[int, int, int] | None = None
-        first = self.layout.first_needed(start)
-        center, count = start, 0
+        batch, layout = self.engine.batch, self.layout
+        stream = _checked(frames)
+        first = layout.first_needed(start)
+        count = sum(1 for _ in islice(stream, first))  # what lies before serves no window of the span
+        held: dict[int, tuple[FrameFeatures, ...]] = {}
+        computed: deque[_Masks] = deque()
+        center = start
         while stop is None or center < stop:
-            for frame in islice(stream, self.layout.last_needed(center) + 1 - count):
-                shape = _checked_shape(frame, index=count, expected=shape)
-                if count >= first:  # what lies before serves no window of the span
-                    held[count] = {view: self._encode(frame, view) for view in views}
-                count += 1
-            if shape is None or center >= count:
-                return
-            window = self.layout.indices(center, last=count - 1)
-            mask = self._decode([held[index] for index in window], views, output_size or shape[:2], threshold)
-            center += 1
-            held.pop(self.layout.first_needed(center) - 1, None)
-            yield mask
+            after = center + batch if stop is None else min(center + batch, stop)
+            while missing := layout.last_needed(after - 1) + 1 - count:
+                group = []
+                for frame in islice(stream, min(batch, missing)):
+                    size = size or frame.shape[:2]
+                    group.append([resize_frame(frame, view.size).flip(view.mirrored) for view in views])
+                if not group:
+                    break  # the stream has ended
+                held.update(enumerate(self._encode(group), start=count))
+                count += len(group)
+            centers = range(center, min(after, count))
+            if size is None or not centers:
+                break
+            windows = [[held[index] for index in layout.indices(each, last=count - 1)] for each in centers]
+            computed.append(self._decode(windows, views, size, threshold))
+            del windows
+            for index in range(layout.first_needed(center), layout.first_needed(centers.stop)):
+                held.pop(index, None)
+            center = centers.stop
+            if len(computed) > self.engine.lag:
+                yield from computed.popleft()
+        for masks in computed:
+            yield from masks
 
-    @torch.inference_mode()
-    def _encode(self, frame: Frame, view: View) -> FrameFeatures:
-        image = resize_frame(frame, view.size).to(self.device).flip(view.mirrored)
-        return self.network.encode_frame(normalise(image, self._dtype).unsqueeze(0))
+    def _encode(self, frames: Sequence[Sequence[Tensor]]) -> Iterator[tuple[FrameFeatures, ...]]:
+        """Encode frames, each of which is given as its views, ``(3, S, S)`` uint8."""
+        of_views = [self.engine.encode(torch.stack(images)) for images in zip(*frames, strict=True)]
+        return zip(*of_views, strict=True)
 
     @torch.inference_mode()
     def _decode(
         self,
-        window: list[dict[View, FrameFeatures]],
+        windows: Sequence[Sequence[tuple[FrameFeatures, ...]]],
         views: tuple[View, ...],
         size: tuple[int, int],
         threshold: float,
-    ) -> Mask:
-        probabilities = (self._probability([frame[view] for frame in window], view, size) for view in views)
-        mean = reduce(torch.add, probabilities) / len(views)
-        mask: Mask = (mean >= threshold)[0, 0].cpu().numpy()
-        return mask
+    ) -> "_Masks":
+        total: Tensor | None = None
+        for place, view in enumerate(views):
+            seen = self.engine.decode([[frame[place] for frame in window] for window in windows])
+            probabilities = resize_probability(seen.flip(view.mirrored), size)
+            total = probabilities if total is None else total + probabilities
+        assert total is not None, "every quality has a view"
+        return _Masks((total / len(views) >= threshold)[:, 0])
 
-    def _probability(self, window: list[FrameFeatures], view: View, size: tuple[int, int]) -> Tensor:
-        """The foreground in one view, turned back and brought to ``size``: ``(1, 1, H, W)`` in [0, 1]."""
-        probability = foreground_probability(self.network.decode_window(window))
-        return resize_probability(probability.flip(view.mirrored), size)
+
+class _Masks:
+    """A batch of masks, ``(B, H, W)`` bool, on its way from the device; to be iterated once."""
+
+    def __init__(self, masks: Tensor) -> None:
+        self._masks = masks
+        self._arrived: torch.cuda.Event | None = None
+        if masks.is_cuda:
+            self._masks = torch.empty(masks.shape, dtype=masks.dtype, pin_memory=True)
+            self._masks.copy_(masks, non_blocking=True)
+            self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._arrived.record()
+
+    def __iter__(self) -> Iterator[Mask]:
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        yield from self._masks.numpy()
 
 
 def resolve_device(name: str) -> torch.device:
@@ -178,9 +207,13 @@ def resolve_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _checked_shape(frame: Frame, *, index: int, expected: tuple[int, ...] | None) -> tuple[int, int, int]:
-    if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or 0 in frame.shape:
-        raise ValueError(f"frame {index} must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
-    if expected is not None and frame.shape != expected:
-        raise ValueError(f"frame {index} must be {expected} like those before it, got {frame.shape}")
-    return frame.shape
+def _checked(frames: Iterable[Frame]) -> Iterator[Frame]:
+    """The same frames. Raises: ValueError: One is of another kind, or of another size than the first."""
+    expected: tuple[int, ...] | None = None
+    for index, frame in enumerate(frames):
+        if frame.ndim != 3 or frame.shape[2] != 3 or frame.dtype != np.uint8 or 0 in frame.shape:
+            raise ValueError(f"frame {index} must be uint8 (H, W, 3), got {frame.dtype} {frame.shape}")
+        if expected is not None and frame.shape != expected:
+            raise ValueError(f"frame {index} must be {expected} like those before it, got {frame.shape}")
+        expected = frame.shape
+        yield frame

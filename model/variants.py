@@ -146,6 +146,6 @@ class RegularStage(nn.Module):
         self.conv = conv3x3(CHANNELS, CHANNELS)
 
     def forward(self, reference: Tensor, features: Tensor) -> Tensor:
-        """Args: both ``(N, C, h, w)``. Returns the features convolved, same shape."""
+        """Args: as those of ``AlignmentStage``. Returns the features convolved, same shape."""
         convolved: Tensor = self.conv(features)
         return convolved

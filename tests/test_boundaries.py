@@ -53,7 +53,9 @@ def test_the_model_needs_nothing_but_what_runs_the_network() -> None:
     needed = {"model", "torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"}
     for path in files("model"):
         found = {name.split(".")[0] for name in imports(path)}
-        assert found <= needed | sys.stdlib_module_names, path
+        # torch brings Triton along where there may be CUDA; only the engine for CUDA imports this file.
+        own = {"triton"} if path.name == "triton_deform.py" else set()
+        assert found <= needed | own | sys.stdlib_module_names, path
 
 
 def test_the_service_reaches_model_and_worker_from_the_command_line_only() -> None:

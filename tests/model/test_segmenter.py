@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
+from model.engine import TorchEngine
 from model.errors import DeviceError, WeightsError
 from model.imcnet import FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame
@@ -55,7 +56,8 @@ def keys(segmenter: Segmenter) -> Iterator[list[weakref.ref[Tensor]]]:
     def remember(module: nn.Module, inputs: object, key: Tensor) -> None:
         encoded.append(weakref.ref(key))
 
-    hook = segmenter.network.key_encoder.register_forward_hook(remember)
+    assert isinstance(segmenter.engine, TorchEngine)
+    hook = segmenter.engine.network.key_encoder.register_forward_hook(remember)
     yield encoded
     hook.remove()
 
@@ -173,6 +175,37 @@ def test_each_frame_is_encoded_once_a_view_and_dropped_after_its_last_window(
         assert alive == list(range(views * first, views * stop))
     assert len(keys) == views * count
     assert all(key() is None for key in keys)
+
+
+class Batches(TorchEngine):
+    """Takes batches as on CUDA, on the CPU."""
+
+    def __init__(self, network: IMCNet, batch: int) -> None:
+        super().__init__(network, device=torch.device("cpu"))
+        self.batch, self.lag = batch, 1
+        self.sizes: list[int] = []
+
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        self.sizes.append(len(images))
+        return super().encode(images)
+
+
+@EVERY_QUALITY
+@pytest.mark.parametrize(("batch", "count"), [(2, 13), (4, 14), (4, 3), (4, 1), (16, 14)])
+def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_window(
+    network64: IMCNet, make_frames: MakeFrames, quality: Quality, batch: int, count: int
+) -> None:
+    segmenter = Segmenter(network64, device="cpu", input_size=SIZE)
+    frames = make_frames(count)
+    expected = list(segmenter.segment(frames, quality=quality))
+    segmenter.engine = engine = Batches(network64, batch)
+    stream = Stream(frames)
+    for center, mask in enumerate(segmenter.segment(stream, quality=quality)):
+        assert np.array_equal(mask, expected[center])
+        assert stream.read <= center + segmenter.layout.margin + 2 * batch
+    assert center == count - 1
+    assert sum(engine.sizes) == VIEWS[quality] * count
+    assert max(engine.sizes) <= batch
 
 
 @pytest.fixture(scope="module")
@@ -313,10 +346,13 @@ def test_an_input_size_off_the_stride_is_refused(network: IMCNet, input_size: in
         Segmenter(network, device="cpu", input_size=input_size)
 
 
-def test_the_network_is_switched_to_evaluation(make_network: Callable[..., IMCNet]) -> None:
+def test_the_network_that_is_given_stays_as_it_is(make_network: Callable[..., IMCNet]) -> None:
     network = make_network().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     Segmenter(network, device="cpu", input_size=SIZE)
-    assert not any(module.training for module in network.modules())
+    assert all(module.training for module in network.modules())
+    assert before.keys() == network.state_dict().keys()
+    assert all(torch.equal(before[name], tensor) for name, tensor in network.state_dict().items())
 
 
 def test_a_segmenter_is_loaded_from_a_file(tmp_path: Path, make_frames: MakeFrames) -> None:

@@ -1,0 +1,116 @@
+"""What computes the network for a stream: images to features, windows of features to probabilities."""
+
+from collections.abc import Sequence
+from copy import deepcopy
+from itertools import pairwise
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from model.backbone import Pyramid
+from model.imcnet import FrameFeatures, IMCNet, foreground_probability
+from model.preprocess import normalise
+
+
+class Engine(Protocol):
+    """Computes a network on one device; used by one thread at a time.
+
+    Attributes:
+        name: Back end and precision, such as ``torch-float32``.
+        batch: Most images, or windows, at a time.
+        lag: How many batches of masks may still be computed while the caller goes on: 1 where a device works
+            by itself, 0 where a call returns what is finished.
+    """
+
+    name: str
+    device: torch.device
+    batch: int
+    lag: int
+
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        """Encode frames.
+
+        Args:
+            images: RGB, ``(B, 3, S, S)`` uint8 on the CPU, B at most ``batch``, S a multiple of 32.
+
+        Returns:
+            One entry a frame, its maps with a batch dimension of 1.
+        """
+        ...
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        """Segment the middle frames of windows.
+
+        Args:
+            windows: At most ``batch``, each of ``num_frames`` entries of ``encode`` in temporal order.
+
+        Returns:
+            Foreground probabilities, ``(B, 1, S, S)`` on ``device``.
+        """
+        ...
+
+
+class TorchEngine:
+    """The network itself, in the type of its parameters, its batch norms folded into the convolutions.
+
+    The reference for all other engines: in float64 at most 1e-7 off ``IMCNet.forward``. On a CPU, batches
+    save nothing; on CUDA they save launches of kernels.
+
+    Args:
+        network: Copied; the original stays as it is.
+    """
+
+    def __init__(self, network: IMCNet, *, device: torch.device) -> None:
+        self.device = device
+        self.batch, self.lag = (8, 1) if device.type == "cuda" else (1, 0)
+        self._dtype = next(network.parameters()).dtype
+        self.name = f"torch-{str(self._dtype).removeprefix('torch.')}"
+        self.network = fold_batch_norms(network).to(device)
+
+    @torch.inference_mode()
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        features = self.network.encode_frame(normalise(images.to(self.device), self._dtype))
+        return split_frames(features)
+
+    @torch.inference_mode()
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        merged = [merge_frames(frames) for frames in zip(*windows, strict=True)]
+        return foreground_probability(self.network.decode_window(merged))
+
+
+def split_frames(features: FrameFeatures) -> list[FrameFeatures]:
+    """Part a batch into its frames; they share the batch's memory."""
+    if len(features.key) == 1:
+        return [features]
+    levels = (torch.split(maps, 1) for maps in (*features.pyramid, features.key))
+    return [_features(maps) for maps in zip(*levels, strict=True)]
+
+
+def merge_frames(frames: Sequence[FrameFeatures]) -> FrameFeatures:
+    """Undo ``split_frames``. A single frame is not copied."""
+    if len(frames) == 1:
+        return frames[0]
+    levels = zip(*((*frame.pyramid, frame.key) for frame in frames), strict=True)
+    return _features([torch.cat(maps) for maps in levels])
+
+
+def _features(maps: Sequence[Tensor]) -> FrameFeatures:
+    *pyramid, key = maps
+    return FrameFeatures(Pyramid(*pyramid), key)
+
+
+def fold_batch_norms(network: IMCNet) -> IMCNet:
+    """Copy a network in evaluation mode, each batch norm made part of the convolution before it.
+
+    Exact but for rounding: at inference, a batch norm scales and shifts by constants.
+    """
+    folded = deepcopy(network).eval()
+    for parent in list(folded.modules()):
+        # A ResNet lists every norm right behind its convolution.
+        for (name, child), (norm_name, norm) in pairwise(list(parent.named_children())):
+            if isinstance(child, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                setattr(parent, name, fuse_conv_bn_eval(child, norm))
+                setattr(parent, norm_name, nn.Identity())
+    return folded

@@ -1,0 +1,72 @@
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model.engine import TorchEngine, fold_batch_norms, merge_frames, split_frames
+from model.imcnet import IMCNet, Variant, foreground_probability
+from model.preprocess import normalise
+
+CPU = torch.device("cpu")
+
+
+def images_of(count: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, 64, 96), dtype=torch.uint8, generator=generator)
+
+
+@pytest.mark.parametrize("variant", ["full", "regular_conv", "no_tsc"])
+@pytest.mark.parametrize("num_frames", [3, 5])
+def test_in_float64_the_engine_computes_the_plain_forward(
+    make_network: Callable[..., IMCNet], num_frames: int, variant: Variant
+) -> None:
+    network = make_network(num_frames=num_frames, variant=variant).double()
+    images = images_of(num_frames)
+    engine = TorchEngine(network, device=CPU)
+    probability = engine.decode([[frame for image in images for frame in engine.encode(image.unsqueeze(0))]])
+    with torch.inference_mode():
+        logits = network(normalise(images, torch.float64).unsqueeze(0)).logits
+    expected = foreground_probability(logits)
+    assert torch.equal(probability >= 0.5, expected >= 0.5)
+    assert (probability - expected).abs().max() <= 1e-7
+    assert expected.std() > 0.1  # there is something to see
+
+
+def test_a_batch_computes_what_its_entries_do(network64: IMCNet) -> None:
+    engine = TorchEngine(network64, device=CPU)
+    frames = [frame for image in images_of(4) for frame in engine.encode(image.unsqueeze(0))]
+    at_once = engine.encode(images_of(4))
+    for frame, other in zip(frames, at_once, strict=True):
+        torch.testing.assert_close(frame.key, other.key)
+        torch.testing.assert_close(tuple(frame.pyramid), tuple(other.pyramid))
+    windows = [frames[:3], frames[1:], [frames[3], frames[0], frames[2]]]
+    alone = torch.cat([engine.decode([window]) for window in windows])
+    torch.testing.assert_close(engine.decode(windows), alone)
+
+
+def test_parted_frames_can_be_put_together_again(network64: IMCNet) -> None:
+    with torch.inference_mode():
+        features = network64.encode_frame(normalise(images_of(3), torch.float64))
+    frames = split_frames(features)
+    assert [len(frame.key) for frame in frames] == [1, 1, 1]
+    merged = merge_frames(frames)
+    assert torch.equal(merged.key, features.key)
+    assert all(map(torch.equal, merged.pyramid, features.pyramid))
+    assert merge_frames(frames[:1]) is frames[0]
+
+
+def test_no_batch_norm_is_left_and_the_original_keeps_its_own(network: IMCNet) -> None:
+    def norms(module: nn.Module) -> int:
+        return sum(isinstance(part, nn.BatchNorm2d) for part in module.modules())
+
+    before = norms(network)
+    assert norms(fold_batch_norms(network)) == 0
+    assert norms(network) == before > 0
+
+
+def test_a_norm_that_is_still_learning_is_folded_as_it_stands(make_network: Callable[..., IMCNet]) -> None:
+    network = make_network().double()
+    expected = TorchEngine(network, device=CPU).encode(images_of(1))[0]
+    found = TorchEngine(network.train(), device=CPU).encode(images_of(1))[0]
+    assert torch.equal(found.key, expected.key)
