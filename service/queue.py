@@ -192,8 +192,13 @@ class JobQueue:
         with translated():
             self._redis.delete(_WORKER.format(worker_name))
 
+    def take_lease(self, delivery: str, worker_name: str) -> None:
+        """Take the lease before the attempt begins: an attempt that is seen without one counts as dead."""
+        with translated():
+            self._redis.set(_LEASE.format(delivery), worker_name, ex=self._lease_seconds)
+
     def begun(self, job_id: str, attempt: Attempt) -> None:
-        """Take the lease of an attempt that has begun, and let those who watch know."""
+        """Renew the lease of an attempt that has begun, and let those who watch know."""
         delivery = attempt.record.delivery
         key = _PROGRESS.format(job_id)
         with translated(), self._redis.pipeline() as pipeline:

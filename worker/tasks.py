@@ -82,6 +82,8 @@ def segment_video(job_id: str) -> None:
     assert workplace is not None, "the worker sets the workplace before its first fork"
     at, storage, queue = workplace, workplace.promises.storage, workplace.promises.queue
     with structlog.contextvars.bound_contextvars(job=job_id):
+        with suppress(QueueUnavailable):  # the worker takes the lease with its next heartbeat
+            queue.take_lease(at.delivery, at.worker_name)
         try:
             attempt = storage.begin(job_id, delivery=at.delivery, worker=at.worker_name)
         except JobNotFound:
@@ -91,7 +93,7 @@ def segment_video(job_id: str) -> None:
             logger.info("Nothing to do: %s", refusal)
             return
         with structlog.contextvars.bound_contextvars(attempt=attempt.number):
-            with suppress(QueueUnavailable):  # the worker takes the lease with its next heartbeat
+            with suppress(QueueUnavailable):
                 queue.begun(job_id, attempt)
             logger.info("The attempt begins")
             try:

@@ -28,7 +28,7 @@ from tests.integration.conftest import Stack, eventually
 
 LEASE_SECONDS = 3
 SPAN_FRAMES = 8
-_SETTLE_SECONDS = 20
+_SETTLE_SECONDS = 30  # what the dead have left half-made is swept 11 s later
 
 
 def small_and_alert(weights: Path) -> dict[str, str]:
@@ -42,6 +42,8 @@ def small_and_alert(weights: Path) -> dict[str, str]:
         "IMCNET_LEASE_SECONDS": str(LEASE_SECONDS),
         "IMCNET_RECONCILE_SECONDS": "0.5",
         "IMCNET_SWEEP_INTERVAL_SECONDS": "1",
+        "IMCNET_UPLOAD_IDLE_SECONDS": "3",
+        "IMCNET_PROBE_TIMEOUT_SECONDS": "5",
         "IMCNET_SPAN_FRAMES": str(SPAN_FRAMES),
         "OMP_NUM_THREADS": "1",
     }

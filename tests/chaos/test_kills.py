@@ -163,7 +163,7 @@ def test_a_job_that_is_delivered_twice_is_done_once(
 ) -> None:
     video = clip(20)
     rig.learn(video)
-    for _ in range(scale.of(quick=4, full=30)):
+    for _ in range(scale.of(quick=4, full=15)):
         with rig.trial() as client:
             job_id = client.accepted(video)
             deliver_once_more(rig, job_id)

@@ -70,7 +70,7 @@ def test_a_job_that_makes_way_is_next_and_uses_up_no_attempt(
     rig.learn(clip(FRAMES))
     rig.learn(clip(5))
     graces = []
-    for _ in range(scale.of(quick=1, full=5)):
+    for _ in range(scale.of(quick=1, full=3)):
         with rig.trial() as client:
             job_id = client.accepted(clip(FRAMES))
             client.running(job_id)

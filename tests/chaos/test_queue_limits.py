@@ -28,7 +28,7 @@ CLIENTS = 16
 @pytest.fixture(scope="module")
 def rig(make_rig: Callable[..., Rig], clip: Callable[[int], Path]) -> Rig:
     """Without a worker; its archives are known."""
-    rig = make_rig(upload_idle_seconds=1, probe_timeout_seconds=5)
+    rig = make_rig(upload_idle_seconds=1, probe_timeout_seconds=5, max_queued_jobs=10_000)
     rig.start_api()
     worker = rig.start_worker()
     rig.learn(clip(3))

@@ -208,7 +208,7 @@ def test_a_job_survives_that_the_storage_is_read_only_for_a_while(
 def test_a_slow_storage_slows_down_only_those_who_write(
     make_rig: Callable[..., Rig], clip: Callable[[int], Path], scale: Scale, row: Row
 ) -> None:
-    uploads = scale.of(quick=3, full=20)
+    uploads = scale.of(quick=3, full=8)
     rig = make_rig()
     rig.start_api(environment=slow_storage(seconds=1))
     worker = rig.start_worker()
@@ -320,7 +320,7 @@ def test_a_download_outlives_its_job(
             with ExitStack() as stack:
                 downloads = [
                     stack.enter_context(slow_download(rig, artifact["url"]))
-                    for _ in range(scale.of(quick=3, full=20))
+                    for _ in range(scale.of(quick=3, full=8))
                 ]
                 if end == "deletion":
                     assert client.delete(job_id)
