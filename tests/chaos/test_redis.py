@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import httpx
@@ -179,7 +180,7 @@ def test_without_redis_all_is_answered_and_running_jobs_finish(
     answers: list[float] = []
     for _ in range(scale.of(quick=1, full=2)):
         with rig.trial() as client:
-            engines = {worker["engine_pid"] for worker in rig.workers()}
+            engines = _engines(rig)
             done = client.accepted(clip(SHORT))
             client.ended(done)
             long, short = client.accepted(clip(LONG)), client.accepted(clip(SHORT))
@@ -198,12 +199,20 @@ def test_without_redis_all_is_answered_and_running_jobs_finish(
                 job = client.ended(job_id)
                 assert (job["status"], job["attempt"]) == ("succeeded", 1), job
             eventually(
-                lambda: {worker["engine_pid"] for worker in rig.workers()} == engines,
+                partial(_has_engines, rig, engines),
                 within_seconds=FLOWS_AGAIN_SECONDS,
                 what="all workers have reported, with the engines that they had",
             )
         row.runs += 1
     row.slowest("answer", answers, limit_seconds=ANSWER_SECONDS)
+
+
+def _engines(rig: Rig) -> set[int]:
+    return {worker["engine_pid"] for worker in rig.workers()}
+
+
+def _has_engines(rig: Rig, engines: set[int]) -> bool:
+    return _engines(rig) == engines
 
 
 def answered_without_redis(rig: Rig, client: Client, *, done: str, active: str, video: Path) -> list[float]:
