@@ -13,6 +13,7 @@ import typer
 from model.errors import ModelError
 from service.cli import (
     ablate,
+    benchmark,
     check,
     demo,
     doctor,
@@ -45,6 +46,7 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)
 app.command("pretrain")(pretrain.pretrain)
 app.command("ablate")(ablate.ablate)
+app.command("benchmark")(benchmark.benchmark)
 app.command("demo")(demo.demo)
 app.add_typer(weights.app, name="weights")
 

@@ -1,0 +1,267 @@
+"""The published loop against our engine: in turns, in one process, on the same frames.
+
+Published: for every mask, three frames are encoded and the whole ``forward`` runs, side masks and all, with
+torchvision's deformable convolution, one window at a time. Machines are noisy, and slow down while they work:
+only runs of one round are compared with each other.
+"""
+
+import re
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+from model.deform import DeformableConv
+from model.engine import Engine
+from model.imcnet import AlignmentStage, FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
+from model.preprocess import normalise, resize_frame, resize_probability
+from model.segmenter import Frame, Mask, Segmenter
+from model.variants import build_network
+from model.windows import WindowLayout
+
+MAX_FLIPPED = 1e-4
+"""An exact engine's masks pass if they differ from the published ones in this share of the pixels at most."""
+
+
+@dataclass(kw_only=True)
+class Work:
+    """What a run over all frames took.
+
+    Attributes:
+        encoded: Frames that were encoded.
+        cached: The most frames whose features were held at a time.
+        encode_s, window_s: Seconds spent encoding, and on the rest of the network.
+        seconds: All in all, from the first frame to the last mask.
+        memory_mib: Resident memory at the peak, beyond that at the beginning.
+    """
+
+    encoded: int = 0
+    cached: int = 0
+    encode_s: float = 0.0
+    window_s: float = 0.0
+    seconds: float = 0.0
+    memory_mib: float = 0.0
+
+
+@dataclass(kw_only=True)
+class Result:
+    """A candidate's runs, a round each, and how its masks compare with the published ones.
+
+    Attributes:
+        engine: Whether it is an engine of ours, not a published loop.
+        flipped: Share of the pixels that differ.
+        iou: Intersection over union of the foreground of all frames.
+        ratios: How many times as fast as the published loop, round by round.
+    """
+
+    name: str
+    frames: int
+    engine: bool
+    runs: list[Work] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    flipped: float = 0.0
+    iou: float = 1.0
+
+    @property
+    def speedup(self) -> float:
+        return median(self.ratios)
+
+    @property
+    def passes(self) -> bool:
+        """Whether it is an engine whose masks are the published ones."""
+        return self.engine and self.flipped <= MAX_FLIPPED
+
+    def milliseconds(self, of: Callable[[Work], float]) -> float:
+        """A frame's, at the median of the rounds."""
+        return 1000 * median(of(work) for work in self.runs) / self.frames
+
+
+class PublishedLoop:
+    """The published way from frames to masks.
+
+    Args:
+        network: Copied.
+        torchvision_deform: With torchvision's operator, as published; or with that of ``model.deform``, which
+            on a CPU is the faster one.
+    """
+
+    def __init__(
+        self, network: IMCNet, *, device: torch.device, input_size: int, torchvision_deform: bool = True
+    ) -> None:
+        self._network = deepcopy(network).eval().to(device)
+        if torchvision_deform:
+            for name, module in list(self._network.named_modules()):
+                if isinstance(module, DeformableConv):
+                    self._network.set_submodule(name, _TorchvisionDeform(module))
+        self._layout = WindowLayout(network.config.num_frames, network.config.frame_stride)
+        self._device = device
+        self._size = input_size
+        self._dtype = next(network.parameters()).dtype
+
+    @torch.inference_mode()
+    def run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
+        work, masks = Work(cached=self._layout.num_frames), []
+        encode = self._network.encode_frame
+
+        def timed(images: Tensor) -> FrameFeatures:
+            began = _now(self._device)
+            features = encode(images)
+            work.encode_s += _now(self._device) - began
+            work.encoded += 1
+            return features
+
+        self._network.encode_frame = timed  # type: ignore[method-assign]
+        try:
+            for center in range(len(frames)):
+                window = self._layout.indices(center, last=len(frames) - 1)
+                images = torch.stack([resize_frame(frames[index], self._size) for index in window])
+                began, encoded_before = _now(self._device), work.encode_s
+                windows = normalise(images.to(self._device), self._dtype).unsqueeze(0)
+                probability = foreground_probability(self._network(windows).logits)
+                work.window_s += _now(self._device) - began - (work.encode_s - encoded_before)
+                probability = resize_probability(probability, frames[0].shape[:2])
+                masks.append((probability >= 0.5)[0, 0].cpu().numpy())
+        finally:
+            self._network.encode_frame = encode  # type: ignore[method-assign]
+        return masks, work
+
+
+class _TorchvisionDeform(nn.Module):
+    def __init__(self, conv: DeformableConv) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+
+    def forward(self, features: Tensor, offsets: Tensor) -> Tensor:
+        sampled: Tensor = deform_conv2d(features, offsets, self.weight, self.bias, padding=(1, 1))
+        return sampled
+
+
+class Observed:
+    """An engine, and an account of what it does."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.name, self.device, self.batch, self.lag = engine.name, engine.device, engine.batch, engine.lag
+        self.work = Work()
+        self._engine = engine
+        self._alive: weakref.WeakSet[FrameFeatures] = weakref.WeakSet()
+
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        began = _now(self.device)
+        features = self._engine.encode(images)
+        self.work.encode_s += _now(self.device) - began
+        self.work.encoded += len(images)
+        # A frame that is looked at several times leaves several entries; here it is looked at once.
+        for each in features:
+            self._alive.add(each)
+        self.work.cached = max(self.work.cached, len(self._alive))
+        return features
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        began = _now(self.device)
+        probabilities = self._engine.decode(windows)
+        self.work.window_s += _now(self.device) - began
+        return probabilities
+
+
+def compare(
+    network: IMCNet, frames: Sequence[Frame], *, device: torch.device, input_size: int, rounds: int
+) -> Iterator[list[Result]]:
+    """Run every candidate once a round, over all frames.
+
+    Yields:
+        After each round the results so far: of the published loop, of the same with the faster deformable
+        convolution, and of our engine. A round before the first warms up, and does not count.
+    """
+    segmenter = Segmenter(network, device=str(device), input_size=input_size)
+
+    def ours(images: Sequence[Frame]) -> tuple[list[Mask], Work]:
+        observed = Observed(exact)
+        segmenter.engine = observed
+        return list(segmenter.segment(images)), observed.work
+
+    exact = segmenter.engine
+    loops = [
+        PublishedLoop(network, device=device, input_size=input_size, torchvision_deform=published)
+        for published in (True, False)
+    ]
+    runs = {
+        "published loop": loops[0].run,
+        "published loop, sampled deformable convolution": loops[1].run,
+        exact.name: ours,
+    }
+    results = [Result(name=name, frames=len(frames), engine=run is ours) for name, run in runs.items()]
+    for run in runs.values():
+        run(frames[:2])
+    for _ in range(rounds):
+        published: list[Mask] = []
+        for result, run in zip(results, runs.values(), strict=True):
+            masks, work = _measured(run, frames)
+            published = published or masks
+            result.runs.append(work)
+            result.ratios.append(results[0].runs[-1].seconds / work.seconds)
+            result.flipped, result.iou = _agreement(masks, published)
+        yield results
+
+
+def _measured(
+    run: Callable[[Sequence[Frame]], tuple[list[Mask], Work]], frames: Sequence[Frame]
+) -> tuple[list[Mask], Work]:
+    before = _resident_mib("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see proc(5)
+    began = time.perf_counter()
+    masks, work = run(frames)
+    work.seconds = time.perf_counter() - began
+    work.memory_mib = _resident_mib("VmHWM") - before
+    return masks, work
+
+
+def _resident_mib(name: str) -> float:
+    found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert found is not None
+    return int(found[1]) / 1024
+
+
+def _agreement(masks: Sequence[Mask], others: Sequence[Mask]) -> tuple[float, float]:
+    """Share of the pixels that differ, and intersection over union; 1 where both are empty."""
+    ours, theirs = np.stack(masks), np.stack(others)
+    union = np.count_nonzero(ours | theirs)
+    return float(np.mean(ours != theirs)), np.count_nonzero(ours & theirs) / union if union else 1.0
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size: int) -> IMCNet:
+    """A network with random weights that do something everywhere, the same in every run.
+
+    As initialised, residual branches and offsets are zero, and masks flat: that costs as much, but would not
+    tell right masks from wrong ones. Here offsets are of about a pixel, and half of ``frames[0]`` is
+    foreground. More pixels are near the threshold than with trained weights.
+    """
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        torch.default_generator.manual_seed(0)
+        network = build_network(config).eval()
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.weight.uniform_(0.2, 0.4)
+            elif isinstance(module, AlignmentStage) and module.offsets.bias is not None:
+                module.offsets.bias.uniform_(-1, 1)
+        image = normalise(resize_frame(frames[0], input_size))
+        logits = network(image.expand(1, config.num_frames, -1, -1, -1)).logits
+        scale = 1 / logits.std()
+        network.segmentation.predict.weight.mul_(scale)
+        bias = network.segmentation.predict.bias
+        assert bias is not None
+        bias.copy_((bias - logits.median()) * scale)
+    return network

@@ -1,0 +1,252 @@
+"""`imcnet benchmark`: the published loop against our engine, and a whole job by its stages."""
+
+import json
+import tempfile
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from model.backbone import BackboneName
+from service.cli.serve import WeightsOption
+from service.cli.settings import read_settings, require_weights
+from service.errors import Misconfigured
+from worker.decode import VideoReader
+from worker.settings import WorkerSettings
+
+if TYPE_CHECKING:
+    from model.benchmark import Result
+    from model.imcnet import IMCNet
+    from model.segmenter import Frame, Mask
+
+_AHEAD = 4  # frames and masks that wait before and behind the network, as in the engine
+
+
+def benchmark(
+    video: Annotated[
+        Path | None, typer.Argument(metavar="[VIDEO]", help="Frames to segment; by default, a made-up scene.")
+    ] = None,
+    backbone: Annotated[
+        BackboneName | None, typer.Option(help="A network of random weights in place of the weights file.")
+    ] = None,
+    weights: WeightsOption = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [IMCNET_DEVICE]")] = None,
+    input_size: Annotated[
+        int | None, typer.Option(help="Side of the square that frames are resized to [IMCNET_INPUT_SIZE]")
+    ] = None,
+    frames: Annotated[int, typer.Option(min=2, help="How many frames a run segments.")] = 12,
+    rounds: Annotated[int, typer.Option(min=1, help="How often each candidate runs, in turns.")] = 3,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
+) -> None:
+    """Compare the published loop with our engine on this machine, in turns and in one process.
+
+    A ratio is taken within a round; of ratios and times the median is shown, and the ratios' spread.
+    """
+    settings = read_settings(WorkerSettings, weights=weights, device=device, input_size=input_size)
+    if video is not None and not video.is_file():
+        raise Misconfigured(f"There is no file {video}.")
+    with tempfile.TemporaryDirectory(prefix="imcnet-") as directory:
+        source = video or _scene(Path(directory) / "scene.mp4")
+        document = _measure(source, settings, backbone, frames=frames, rounds=rounds)
+    typer.echo(_table(document))
+    if json_file is not None:
+        json_file.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _scene(path: Path) -> Path:
+    from service.cli.showcase import write_scene
+
+    write_scene(path, path.with_suffix(".zip"))
+    return path
+
+
+def _measure(
+    source: Path, settings: WorkerSettings, backbone: BackboneName | None, *, frames: int, rounds: int
+) -> dict[str, Any]:
+    import torch
+
+    from model.benchmark import compare
+    from model.segmenter import resolve_device
+
+    if settings.cpu_threads:
+        torch.set_num_threads(settings.cpu_threads)
+    with _reader(source, settings) as reader:
+        images = [frame.image for frame in islice(reader, frames)]
+    device = resolve_device(settings.device)
+    network, name, size = _network(settings, backbone, images)
+    results: list[Result] = []
+    for count, results in enumerate(
+        compare(network, images, device=device, input_size=size, rounds=rounds), start=1
+    ):
+        ratios = ", ".join(f"{result.name}: {result.ratios[-1]:.2f}" for result in results[1:])
+        typer.echo(f"round {count} of {rounds}, times as fast as the published loop: {ratios}", err=True)
+    passing = [result.speedup for result in results if result.passes]
+    return {
+        "backbone": network.config.backbone,
+        "weights": name,
+        "device": str(device),
+        "threads": torch.get_num_threads(),
+        "input_size": size,
+        "frame": list(images[0].shape[:2]),
+        "frames": len(images),
+        "rounds": rounds,
+        "speedup": max(passing, default=None),
+        "engines": [_figures(result) for result in results],
+        "job": _whole_job(source, settings, network, size, frames=frames),
+    }
+
+
+def _network(
+    settings: WorkerSettings, backbone: BackboneName | None, images: "list[Frame]"
+) -> "tuple[IMCNet, str, int]":
+    from model.benchmark import untrained_network
+    from model.imcnet import IMCNetConfig
+    from model.weights import load_weights
+
+    if backbone is not None:
+        size = settings.input_size or 480
+        return untrained_network(IMCNetConfig(backbone), images, size), "random", size
+    network, info = load_weights(require_weights(settings), sha256=settings.weights_sha256)
+    return network, info.name, settings.input_size or info.input_size
+
+
+def _reader(source: Path, settings: WorkerSettings) -> VideoReader:
+    return VideoReader(source, settings.media_limits, max_corrupt_fraction=settings.max_corrupt_fraction)
+
+
+def _figures(result: "Result") -> dict[str, Any]:
+    return {
+        "name": result.name,
+        "ms_per_frame": result.milliseconds(lambda work: work.seconds),
+        "encode_ms": result.milliseconds(lambda work: work.encode_s),
+        "window_ms": result.milliseconds(lambda work: work.window_s),
+        "ratio": result.speedup,
+        "ratios": result.ratios,
+        "encodes_per_frame": result.runs[-1].encoded / result.frames,
+        "cached_frames": result.runs[-1].cached,
+        "flipped": result.flipped,
+        "iou": result.iou,
+        "memory_mib": max(work.memory_mib for work in result.runs),
+        "runs": [asdict(work) for work in result.runs],
+    }
+
+
+# ---- A whole job --------------------------------------------------------------------------------------
+
+
+class _Clock:
+    """Adds up the seconds spent in its blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+
+def _whole_job(
+    source: Path, settings: WorkerSettings, network: "IMCNet", size: int, *, frames: int
+) -> dict[str, float]:
+    """From the file to an archive of masks, decoding and writing beside the network as a worker does.
+
+    Returns:
+        Seconds by stage, all in all (``wall_s``), and ``overlap``: the stages' sum over all in all.
+    """
+    from model.benchmark import Observed
+    from model.segmenter import Segmenter
+    from model.stages import WriteBehind, read_ahead
+
+    segmenter = Segmenter(network, device=settings.device, input_size=size)
+    segmenter.engine = observed = Observed(segmenter.engine)
+    decoding, waiting, writing, putting = _Clock(), _Clock(), _Clock(), _Clock()
+
+    def write(archive: zipfile.ZipFile, number: int, mask: "Mask") -> None:
+        from worker.png import encode_mask
+
+        with writing:
+            archive.writestr(f"{number:08d}.png", encode_mask(mask))
+
+    began = time.perf_counter()
+    count = 0
+    with (
+        tempfile.TemporaryFile() as file,
+        zipfile.ZipFile(file, "w") as archive,
+        _reader(source, settings) as reader,
+        closing(read_ahead(_timed(islice(reader, frames), decoding), limit=_AHEAD)) as decoded,
+        WriteBehind(limit=_AHEAD) as behind,
+    ):
+        images = (frame.image for frame in decoded)
+        segmenting = time.perf_counter()
+        for count, mask in enumerate(segmenter.segment(_timed(images, waiting)), start=1):
+            with putting:
+                behind.put(partial(write, archive, count, mask))
+        segmented_s = time.perf_counter() - segmenting - waiting.seconds - putting.seconds
+    wall = time.perf_counter() - began
+    work = observed.work
+    stages = {
+        "decode_s": decoding.seconds,
+        "resize_s": segmented_s - work.encode_s - work.window_s,
+        "encode_s": work.encode_s,
+        "window_s": work.window_s,
+        "write_s": writing.seconds,
+    }
+    return {
+        **stages,
+        "wall_s": wall,
+        "overlap": sum(stages.values()) / wall,
+        "frames_per_second": count / wall,
+    }
+
+
+def _timed(items: Iterator[Any], clock: _Clock) -> Iterator[Any]:
+    """The same items; the time that it takes to get them counts."""
+    while True:
+        with clock:
+            item = next(items, None)
+        if item is None:
+            return
+        yield item
+
+
+# ---- As text ------------------------------------------------------------------------------------------
+
+
+def _table(document: dict[str, Any]) -> str:
+    height, width = document["frame"]
+    lines = [
+        f"{document['backbone']}, weights {document['weights']}, input size {document['input_size']}, on "
+        f"{document['device']} with {document['threads']} threads; {document['frames']} frames of "
+        f"{width}×{height}, median of {document['rounds']} rounds",
+        "",
+        "| engine | ms a frame | encode | window | times as fast | encodes | cached | flipped | IoU | MiB |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for figures in document["engines"]:
+        low, high = min(figures["ratios"]), max(figures["ratios"])
+        lines.append(
+            f"| {figures['name']} | {figures['ms_per_frame']:.0f} | {figures['encode_ms']:.0f} "
+            f"| {figures['window_ms']:.0f} | {figures['ratio']:.2f} ({low:.2f}-{high:.2f}) "
+            f"| {figures['encodes_per_frame']:.1f} | {figures['cached_frames']} | {figures['flipped']:.3%} "
+            f"| {figures['iou']:.4f} | {figures['memory_mib']:.0f} |"
+        )
+    job = document["job"]
+    stages = ", ".join(
+        f"{name.removesuffix('_s')} {1000 * job[name] / document['frames']:.1f}"
+        for name in ("decode_s", "resize_s", "encode_s", "window_s", "write_s")
+    )
+    lines += [
+        "",
+        f"A whole job, ms a frame by stage: {stages}; from file to archive "
+        f"{1000 * job['wall_s'] / document['frames']:.1f}, so {job['overlap']:.2f} stages at a time.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from service.cli import app
+from tests.videos import moving_square, write_video
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory, untrained_weights: Path) -> dict[str, object]:
+    directory = tmp_path_factory.mktemp("benchmark")
+    video = write_video(directory / "video.mp4", moving_square(12))
+    document = directory / "figures.json"
+    options = ["--input-size", "32", "--frames", "10", "--rounds", "1", "--json", str(document)]
+    result = CliRunner().invoke(
+        app, ["benchmark", str(video), "--weights", str(untrained_weights), "--device", "cpu", *options]
+    )
+    assert result.exit_code == 0, result.output
+    assert "| published loop |" in result.output
+    read: dict[str, object] = json.loads(document.read_text())
+    return read
+
+
+def test_loop_and_engine_are_compared(figures: dict[str, object]) -> None:
+    loop, sampled, exact = figures["engines"]  # type: ignore[misc]
+    assert (loop["encodes_per_frame"], sampled["encodes_per_frame"], exact["encodes_per_frame"]) == (3, 3, 1)
+    assert exact["flipped"] == 0
+    assert figures["speedup"] == exact["ratio"]
+
+
+def test_a_whole_job_is_told_by_stage(figures: dict[str, object]) -> None:
+    job = figures["job"]
+    assert isinstance(job, dict)
+    stages = [job[f"{name}_s"] for name in ("decode", "resize", "encode", "window", "write")]
+    assert min(stages) > 0
+    assert job["overlap"] == pytest.approx(sum(stages) / job["wall_s"])
+    assert job["frames_per_second"] == pytest.approx(10 / job["wall_s"])
