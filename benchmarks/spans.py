@@ -31,7 +31,6 @@ from service.media import MediaLimits
 from worker import pipeline
 from worker.decode import VideoReader
 from worker.engine_process import EngineProcess, EngineStream
-from worker.pipeline import run_job
 from worker.protocol import DONE, TAKEN, EngineReady, StreamRequest, pack_mask
 from worker.settings import WorkerSettings
 from worker.spans import SpanStore
@@ -150,7 +149,7 @@ class Job:
         )
         began = time.monotonic()
         with VideoReader(self._video, MediaLimits(), max_corrupt_fraction=0) as video:
-            outcome = run_job(
+            outcome = pipeline.run_job(
                 self._record,
                 video,
                 workspace,
