@@ -4,6 +4,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from multiprocessing.connection import Client
 from pathlib import Path
 from typing import get_args
@@ -154,11 +155,13 @@ def test_an_engine_that_failed_ends_even_if_nobody_is_there_to_hear_it(untrained
     try:
         engine.ensure_running()
         process = starved(engine)
-        with Client(str(engine.socket), "AF_UNIX") as connection:
+        # Its memory may run out on any of these frames: on the last at the latest.
+        with Client(str(engine.socket), "AF_UNIX") as connection, suppress(EOFError, ConnectionError):
             connection.send_bytes(LARGE_MASKS.model_dump_json().encode())
             for frame in frames(engine.ready.margin_frames + 1):
                 connection.send_bytes(frame.image.tobytes())
-                assert connection.recv_bytes() == TAKEN
+                if connection.recv_bytes() != TAKEN:
+                    break
         wait_until_gone([process])
     finally:
         engine.stop()
