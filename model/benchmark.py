@@ -1,4 +1,4 @@
-"""The published loop against our engine: in turns, in one process, on the same frames.
+"""The published loop against our engines: in turns, in one process, on the same frames.
 
 Published: for every mask, three frames are encoded and the whole ``forward`` runs, side masks and all, with
 torchvision's deformable convolution, one window at a time. Machines are noisy, and slow down while they work:
@@ -8,17 +8,18 @@ only runs of one round are compared with each other.
 import re
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
+from model.agreement import EXACT_GATE, Agreement, Gate
 from model.deform import DeformableConv
 from model.engine import Engine
 from model.imcnet import AlignmentStage, FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
@@ -26,9 +27,6 @@ from model.preprocess import normalise, resize_frame, resize_probability
 from model.segmenter import Frame, Mask, Segmenter
 from model.variants import build_network
 from model.windows import WindowLayout
-
-MAX_FLIPPED = 1e-4
-"""An exact engine's masks pass if they differ from the published ones in this share of the pixels at most."""
 
 
 @dataclass(kw_only=True)
@@ -56,19 +54,17 @@ class Result:
     """A candidate's runs, a round each, and how its masks compare with the published ones.
 
     Attributes:
-        engine: Whether it is an engine of ours, not a published loop.
-        flipped: Share of the pixels that differ.
-        iou: Intersection over union of the foreground of all frames.
+        gate: What the masks must hold to; None for a published loop.
+        agreement: With the published masks, in the last round.
         ratios: How many times as fast as the published loop, round by round.
     """
 
     name: str
     frames: int
-    engine: bool
+    gate: Gate | None
     runs: list[Work] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
-    flipped: float = 0.0
-    iou: float = 1.0
+    agreement: Agreement | None = None
 
     @property
     def speedup(self) -> float:
@@ -76,8 +72,8 @@ class Result:
 
     @property
     def passes(self) -> bool:
-        """Whether it is an engine whose masks are the published ones."""
-        return self.engine and self.flipped <= MAX_FLIPPED
+        """Whether it is an engine of ours whose masks are as much the published ones as its gate demands."""
+        return bool(self.gate and self.agreement and self.gate.allows(self.agreement))
 
     def milliseconds(self, of: Callable[[Work], float]) -> float:
         """A frame's, at the median of the rounds."""
@@ -172,42 +168,50 @@ class Observed:
 
 
 def compare(
-    network: IMCNet, frames: Sequence[Frame], *, device: torch.device, input_size: int, rounds: int
+    network: IMCNet,
+    frames: Sequence[Frame],
+    *,
+    device: torch.device,
+    input_size: int,
+    rounds: int,
+    others: Mapping[Engine, Gate] | None = None,
 ) -> Iterator[list[Result]]:
     """Run every candidate once a round, over all frames.
 
+    Args:
+        others: Engines beside PyTorch's, and what their masks must hold to.
+
     Yields:
         After each round the results so far: of the published loop, of the same with the faster deformable
-        convolution, and of our engine. A round before the first warms up, and does not count.
+        convolution, and of our engines. A round before the first warms up, and does not count.
     """
     segmenter = Segmenter(network, device=str(device), input_size=input_size)
 
-    def ours(images: Sequence[Frame]) -> tuple[list[Mask], Work]:
-        observed = Observed(exact)
-        segmenter.engine = observed
+    def segment(engine: Engine, images: Sequence[Frame]) -> tuple[list[Mask], Work]:
+        segmenter.engines["exact"] = observed = Observed(engine)
         return list(segmenter.segment(images)), observed.work
 
-    exact = segmenter.engine
     loops = [
         PublishedLoop(network, device=device, input_size=input_size, torchvision_deform=published)
         for published in (True, False)
     ]
-    runs = {
-        "published loop": loops[0].run,
-        "published loop, sampled deformable convolution": loops[1].run,
-        exact.name: ours,
+    engines = {segmenter.engines["exact"]: EXACT_GATE, **(others or {})}
+    runs: dict[str, tuple[Callable[[Sequence[Frame]], tuple[list[Mask], Work]], Gate | None]] = {
+        "published loop": (loops[0].run, None),
+        "published loop, sampled deformable convolution": (loops[1].run, None),
+        **{engine.name: (partial(segment, engine), gate) for engine, gate in engines.items()},
     }
-    results = [Result(name=name, frames=len(frames), engine=run is ours) for name, run in runs.items()]
-    for run in runs.values():
+    results = [Result(name=name, frames=len(frames), gate=gate) for name, (_, gate) in runs.items()]
+    for run, _ in runs.values():
         run(frames[:2])
     for _ in range(rounds):
         published: list[Mask] = []
-        for result, run in zip(results, runs.values(), strict=True):
+        for result, (run, _) in zip(results, runs.values(), strict=True):
             masks, work = _measured(run, frames)
             published = published or masks
             result.runs.append(work)
             result.ratios.append(results[0].runs[-1].seconds / work.seconds)
-            result.flipped, result.iou = _agreement(masks, published)
+            result.agreement = Agreement.of(masks, published)
         yield results
 
 
@@ -227,13 +231,6 @@ def _resident_mib(name: str) -> float:
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) / 1024
-
-
-def _agreement(masks: Sequence[Mask], others: Sequence[Mask]) -> tuple[float, float]:
-    """Share of the pixels that differ, and intersection over union; 1 where both are empty."""
-    ours, theirs = np.stack(masks), np.stack(others)
-    union = np.count_nonzero(ours | theirs)
-    return float(np.mean(ours != theirs)), np.count_nonzero(ours & theirs) / union if union else 1.0
 
 
 def _now(device: torch.device) -> float:

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from model.backbone import Pyramid
+from model.engine import frame_of, maps_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import MEAN, STD
@@ -74,7 +74,7 @@ class CudaEngine:
         if capture not in get_args(Capture):
             raise ValueError(f"capture must be one of {', '.join(get_args(Capture))}, got {capture!r}")
         self.device = _present(device, capture)
-        self.batch = batch
+        self.batch, self.lag = batch, 1
         self.name = f"{self.device.type}-{capture}-{str(dtype).removeprefix('torch.')}"
         self._dtype = dtype
         self._num_frames = network.config.num_frames
@@ -113,7 +113,7 @@ class CudaEngine:
             runner, upload = self._encoder(bucket, *images.shape[1:])
             upload(pad(images.unbind(), bucket), runner.inputs[0])
             maps = runner.run(count)
-        return [_frame([level[index : index + 1] for level in maps]) for index in range(count)]
+        return [frame_of([level[index : index + 1] for level in maps]) for index in range(count)]
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
@@ -134,7 +134,7 @@ class CudaEngine:
         with self._on_device():
             runner = self._decoder(bucket, windows[0][0])
             padded = [
-                [level for frame in window for level in _maps(frame)] for window in pad(windows, bucket)
+                [level for frame in window for level in maps_of(frame)] for window in pad(windows, bucket)
             ]
             for static, levels in zip(runner.inputs, zip(*padded, strict=True), strict=True):
                 torch.cat(levels, out=static)
@@ -154,7 +154,7 @@ class CudaEngine:
             static = tuple(
                 level.new_empty((bucket, *level.shape[1:])).to(memory_format=torch.channels_last).zero_()
                 for _ in range(self._num_frames)
-                for level in _maps(frame)
+                for level in maps_of(frame)
             )
             self._decoders[key] = self._runner(self._decode, static)
         return self._decoders[key]
@@ -163,13 +163,13 @@ class CudaEngine:
         normalised = (images.float() / 255 - self._mean) / self._std
         with _convolutions():
             frame = self._network.encode_frame(normalised.to(self._dtype, memory_format=torch.channels_last))
-        return _maps(frame)
+        return maps_of(frame)
 
     def _decode(self, *maps: Tensor) -> Maps:
         starts = range(0, len(maps), _MAPS_A_FRAME)
         with _convolutions():
             logits = self._network.decode_window(
-                [_frame(maps[start : start + _MAPS_A_FRAME]) for start in starts]
+                [frame_of(maps[start : start + _MAPS_A_FRAME]) for start in starts]
             )
         return (foreground_probability(logits.float()),)
 
@@ -191,10 +191,10 @@ class CudaEngine:
             raise ValueError(f"expected 1 to {self.batch} windows, got {len(windows)}")
         if lengths := {len(window) for window in windows} - {self._num_frames}:
             raise ValueError(f"a window holds {self._num_frames} frames, got {min(lengths)}")
-        shapes = {tuple(level.shape for level in _maps(frame)) for window in windows for frame in window}
+        shapes = {tuple(level.shape for level in maps_of(frame)) for window in windows for frame in window}
         if len(shapes) > 1 or any(shape[0] != 1 for shape in next(iter(shapes))):
             raise ValueError(f"frames must be of one size, and one an entry, got maps {sorted(shapes)}")
-        for level in (level for window in windows for frame in window for level in _maps(frame)):
+        for level in (level for window in windows for frame in window for level in maps_of(frame)):
             if level.dtype != self._dtype or level.device != self.device:
                 raise ValueError(
                     f"features must be {self._dtype} on {self.device}, as this engine encodes them, "
@@ -213,15 +213,6 @@ def bucket_of(count: int, batch: int) -> int:
 def pad(entries: Sequence[Entry], length: int) -> list[Entry]:
     """Fill ``entries`` up to ``length`` by repeating the last."""
     return [*entries, *(entries[-1] for _ in range(length - len(entries)))]
-
-
-def _maps(frame: FrameFeatures) -> Maps:
-    return (*frame.pyramid, frame.key)
-
-
-def _frame(maps: Sequence[Tensor]) -> FrameFeatures:
-    *pyramid, key = maps
-    return FrameFeatures(Pyramid(*pyramid), key)
 
 
 # ---- Running a program on static inputs ---------------------------------------------------------------

@@ -84,19 +84,25 @@ def split_frames(features: FrameFeatures) -> list[FrameFeatures]:
     """Part a batch into its frames; they share the batch's memory."""
     if len(features.key) == 1:
         return [features]
-    levels = (torch.split(maps, 1) for maps in (*features.pyramid, features.key))
-    return [_features(maps) for maps in zip(*levels, strict=True)]
+    levels = (torch.split(maps, 1) for maps in maps_of(features))
+    return [frame_of(maps) for maps in zip(*levels, strict=True)]
 
 
 def merge_frames(frames: Sequence[FrameFeatures]) -> FrameFeatures:
     """Undo ``split_frames``. A single frame is not copied."""
     if len(frames) == 1:
         return frames[0]
-    levels = zip(*((*frame.pyramid, frame.key) for frame in frames), strict=True)
-    return _features([torch.cat(maps) for maps in levels])
+    levels = zip(*map(maps_of, frames), strict=True)
+    return frame_of([torch.cat(maps) for maps in levels])
 
 
-def _features(maps: Sequence[Tensor]) -> FrameFeatures:
+def maps_of(frame: FrameFeatures) -> tuple[Tensor, ...]:
+    """V2 to V5 and the key, for what knows tensors alone."""
+    return (*frame.pyramid, frame.key)
+
+
+def frame_of(maps: Sequence[Tensor]) -> FrameFeatures:
+    """Undo ``maps_of``."""
     *pyramid, key = maps
     return FrameFeatures(Pyramid(*pyramid), key)
 

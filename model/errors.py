@@ -13,6 +13,10 @@ class DeviceError(ModelError):
     """The device asked for is not there."""
 
 
+class EngineUnavailable(ModelError):
+    """An engine cannot be had here, or its masks differ too much from those of the network."""
+
+
 class CheckpointError(ModelError):
     """A training checkpoint cannot be read, or belongs to another run."""
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.engine import Engine, TorchEngine
-from model.errors import DeviceError
+from model.errors import DeviceError, EngineUnavailable
 from model.imcnet import SIZE_MULTIPLE, FrameFeatures, IMCNet
 from model.preprocess import resize_frame, resize_probability
 from model.shipped import SHIPPED_WEIGHTS
@@ -32,6 +32,9 @@ class Segmenter:
         device: As for ``resolve_device``.
         input_size: Height and width that frames are resized to, a multiple of 32.
 
+    Attributes:
+        engines: What computes each quality; ``model.engines`` has others than those of PyTorch.
+
     Raises:
         DeviceError: The device is not there.
         ValueError: ``input_size`` is not a positive multiple of 32.
@@ -41,7 +44,8 @@ class Segmenter:
         if input_size < SIZE_MULTIPLE or input_size % SIZE_MULTIPLE:
             raise ValueError(f"input_size must be a multiple of {SIZE_MULTIPLE}, got {input_size}")
         self.device = resolve_device(device)
-        self.engine: Engine = TorchEngine(network, device=self.device)
+        exact = TorchEngine(network, device=self.device)
+        self.engines: dict[Quality, Engine] = {"exact": exact, "multi_scale": exact}
         self.input_size = input_size
         self.layout = WindowLayout(network.config.num_frames, network.config.frame_stride)
 
@@ -96,6 +100,7 @@ class Segmenter:
             ``(H, W)`` bool.
 
         Raises:
+            EngineUnavailable: There is no engine for ``quality`` (at once).
             ValueError: An argument is out of range (at once), or a frame has another type or shape (when
                 it is read).
         """
@@ -106,10 +111,13 @@ class Segmenter:
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
         views = views_of(quality, self.input_size)
-        return self._masks(frames, views, threshold, output_size, start, stop)
+        if quality not in self.engines:
+            raise EngineUnavailable(f"no engine for quality {quality!r} has been added")
+        return self._masks(self.engines[quality], frames, views, threshold, output_size, start, stop)
 
     def _masks(
         self,
+        engine: Engine,
         frames: Iterable[Frame],
         views: tuple[View, ...],
         threshold: float,
@@ -117,7 +125,7 @@ class Segmenter:
         start: int,
         stop: int | None,
     ) -> Iterator[Mask]:
-        batch, layout = self.engine.batch, self.layout
+        batch, layout = engine.batch, self.layout
         stream = _checked(frames)
         first = layout.first_needed(start)
         count = sum(1 for _ in islice(stream, first))  # what lies before serves no window of the span
@@ -133,42 +141,44 @@ class Segmenter:
                     group.append([resize_frame(frame, view.size).flip(view.mirrored) for view in views])
                 if not group:
                     break  # the stream has ended
-                held.update(enumerate(self._encode(group), start=count))
+                held.update(enumerate(_encode(engine, group), start=count))
                 count += len(group)
             centers = range(center, min(after, count))
             if size is None or not centers:
                 break
             windows = [[held[index] for index in layout.indices(each, last=count - 1)] for each in centers]
-            computed.append(self._decode(windows, views, size, threshold))
+            computed.append(_decode(engine, windows, views, size, threshold))
             del windows
             for index in range(layout.first_needed(center), layout.first_needed(centers.stop)):
                 held.pop(index, None)
             center = centers.stop
-            if len(computed) > self.engine.lag:
+            if len(computed) > engine.lag:
                 yield from computed.popleft()
         for masks in computed:
             yield from masks
 
-    def _encode(self, frames: Sequence[Sequence[Tensor]]) -> Iterator[tuple[FrameFeatures, ...]]:
-        """Encode frames, each of which is given as its views, ``(3, S, S)`` uint8."""
-        of_views = [self.engine.encode(torch.stack(images)) for images in zip(*frames, strict=True)]
-        return zip(*of_views, strict=True)
 
-    @torch.inference_mode()
-    def _decode(
-        self,
-        windows: Sequence[Sequence[tuple[FrameFeatures, ...]]],
-        views: tuple[View, ...],
-        size: tuple[int, int],
-        threshold: float,
-    ) -> "_Masks":
-        total: Tensor | None = None
-        for place, view in enumerate(views):
-            seen = self.engine.decode([[frame[place] for frame in window] for window in windows])
-            probabilities = resize_probability(seen.flip(view.mirrored), size)
-            total = probabilities if total is None else total + probabilities
-        assert total is not None, "every quality has a view"
-        return _Masks((total / len(views) >= threshold)[:, 0])
+def _encode(engine: Engine, frames: Sequence[Sequence[Tensor]]) -> Iterator[tuple[FrameFeatures, ...]]:
+    """Encode frames, each of which is given as its views, ``(3, S, S)`` uint8."""
+    of_views = [engine.encode(torch.stack(images)) for images in zip(*frames, strict=True)]
+    return zip(*of_views, strict=True)
+
+
+@torch.inference_mode()
+def _decode(
+    engine: Engine,
+    windows: Sequence[Sequence[tuple[FrameFeatures, ...]]],
+    views: tuple[View, ...],
+    size: tuple[int, int],
+    threshold: float,
+) -> "_Masks":
+    total: Tensor | None = None
+    for place, view in enumerate(views):
+        seen = engine.decode([[frame[place] for frame in window] for window in windows])
+        probabilities = resize_probability(seen.flip(view.mirrored), size)
+        total = probabilities if total is None else total + probabilities
+    assert total is not None, "every quality has a view"
+    return _Masks((total / len(views) >= threshold)[:, 0])
 
 
 class _Masks:

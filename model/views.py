@@ -6,12 +6,20 @@ from typing import Literal, get_args
 
 from model.imcnet import SIZE_MULTIPLE
 
-Quality = Literal["exact", "multi_scale"]
+Quality = Literal["fast", "exact", "multi_scale"]
 
 _BASE_SIZE = 480
 # Sizes, for an input size of 480, and what is mirrored: nothing, top and bottom, left and right.
-_SIZES: dict[Quality, tuple[int, ...]] = {"exact": (_BASE_SIZE,), "multi_scale": (352, _BASE_SIZE, 736)}
-_MIRRORED: dict[Quality, tuple[tuple[int, ...], ...]] = {"exact": ((),), "multi_scale": ((), (-2,), (-1,))}
+_SIZES: dict[Quality, tuple[int, ...]] = {
+    "fast": (_BASE_SIZE,),
+    "exact": (_BASE_SIZE,),
+    "multi_scale": (352, _BASE_SIZE, 736),
+}
+_MIRRORED: dict[Quality, tuple[tuple[int, ...], ...]] = {
+    "fast": ((),),
+    "exact": ((),),
+    "multi_scale": ((), (-2,), (-1,)),
+}
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,8 @@ class View:
 def views_of(quality: Quality, input_size: int) -> tuple[View, ...]:
     """List the views of a quality.
 
-    ``exact`` is one, the frame as it is. ``multi_scale`` is the protocol of the paper's starred results, as
+    ``exact`` is one, the frame as it is; so is ``fast``, which an engine of less precision computes.
+    ``multi_scale`` is the protocol of the paper's starred results, as
     the release's ``Solver.multi_scale_test`` has it: three sizes, each as it is, upside down and left to
     right. The sizes are 352, 480 and 736 on DAVIS, and 224, 288 and 448 on YouTube-Objects: both are the
     input size times 352/480, 1 and 736/480, to the nearest multiple of 32. The nine have 11.7 times the

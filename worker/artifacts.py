@@ -14,7 +14,7 @@ import av.video.stream
 import numpy as np
 
 from service.durable import sync
-from service.jobs import Artifact, JobOptions, ModelInfo
+from service.jobs import Artifact, EngineInfo, JobOptions, ModelInfo
 from worker.decode import VideoFrame
 from worker.protocol import Frame, Mask
 
@@ -31,6 +31,7 @@ def write_archive(
     size: tuple[int, int] | None,
     options: JobOptions,
     model: ModelInfo,
+    engine: EngineInfo,
     fps: float | None,
 ) -> Artifact:
     """Write ``masks.zip``: ``masks/{ordinal:08d}.png`` per frame, and ``manifest.json``.
@@ -44,6 +45,7 @@ def write_archive(
     manifest: dict[str, Any] = {
         "version": 1,
         "model": model.model_dump(),
+        "engine": engine.model_dump(),
         "options": options.model_dump(mode="json", include={"threshold", "max_side", "quality"}),
         "fps": fps,
     }

@@ -13,20 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
+from dataclasses import dataclass
 from functools import partial
 from multiprocessing.connection import Connection, Listener
+from pathlib import Path
 from typing import TextIO
 
 import numpy as np
 import structlog
 import torch
+from pydantic import TypeAdapter
 
+from model.engines import add_fast_engine, graphs_beside, use_openvino
 from model.errors import ModelError
 from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
 from model.stages import WriteBehind, read_ahead
 from model.weights import file_sha256, load_weights
-from service.jobs import ModelInfo
+from service.jobs import EngineInfo, ModelInfo, Quality
 from service.logs import configure_logging
 from service.processes import die_with_parent
 from service.settings import SharedSettings
@@ -36,7 +40,9 @@ from worker.protocol import (
     OUT_OF_MEMORY,
     PING,
     TAKEN,
+    EngineAnswer,
     EngineConfig,
+    EngineQuestion,
     EngineReady,
     EngineRefused,
     Frame,
@@ -55,6 +61,7 @@ _OUT_OF_MEMORY_SIGNS = (
     "can't start new thread",  # for want of a stack
 )
 _FRAMES_AHEAD = _MASKS_BEHIND = 4  # what waits before and behind the network
+_REQUEST: TypeAdapter[EngineQuestion | StreamRequest] = TypeAdapter(EngineQuestion | StreamRequest)
 _BACKLOG = 16  # connections that wait while a stream is served: the next one, and signs of life
 
 
@@ -67,26 +74,56 @@ def main(argument: str) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole terminal; the worker decides
     started = time.monotonic()
     try:
-        segmenter, model = _load(config)
+        served = _load(config)
     except (ModelError, ValueError, OSError) as error:
         _tell(greeting, EngineRefused(reason=str(error)))
         return 2
-    _warm_up(segmenter)
+    segmenter = served.segmenter
+    _warm_up(segmenter, "exact")
     with Listener(str(config.socket), "AF_UNIX", _BACKLOG) as listener:
         ready = EngineReady(
             device=str(segmenter.device),
             input_size=segmenter.input_size,
             margin_frames=segmenter.layout.margin,
             load_s=time.monotonic() - started,
-            model=model,
+            model=served.model,
         )
         _tell(greeting, ready)
         while True:
             with listener.accept() as connection:
-                _serve(connection, segmenter)
+                _serve(connection, served)
 
 
-def _load(config: EngineConfig) -> tuple[Segmenter, ModelInfo]:
+@dataclass(kw_only=True)
+class _Served:
+    """What the engine offers. ``no_fast`` says why there is no engine for quality ``fast``."""
+
+    segmenter: Segmenter
+    model: ModelInfo
+    weights: Path
+    graphs: Path
+    no_fast: str | None = None
+
+    def prepare(self, quality: Quality) -> EngineAnswer:
+        """Get ready what computes a quality: that of ``fast`` when it is first asked for."""
+        if quality == "fast" and "fast" not in self.segmenter.engines and self.no_fast is None:
+            self._add_fast()
+        instead: Quality | None = None if quality in self.segmenter.engines else "exact"
+        engine = self.segmenter.engines[instead or quality]
+        return EngineAnswer(engine=EngineInfo(name=engine.name, device=engine.device.type), instead=instead)
+
+    def _add_fast(self) -> None:
+        try:
+            # From the file again: engines copy what they need of a network, and none is kept besides.
+            network, _ = load_weights(self.weights, sha256=self.model.weights_sha256)
+            add_fast_engine(self.segmenter, network, graphs=self.graphs)
+            _warm_up(self.segmenter, "fast")
+        except ModelError as error:
+            self.no_fast = str(error)
+            logger.warning("Jobs of quality `fast` are computed as `exact`: %s", error)
+
+
+def _load(config: EngineConfig) -> _Served:
     if config.cpu_threads:
         torch.set_num_threads(config.cpu_threads)
     weights = config.weights or SHIPPED_WEIGHTS
@@ -98,13 +135,16 @@ def _load(config: EngineConfig) -> tuple[Segmenter, ModelInfo]:
         weights_sha256=file_sha256(weights),
         trained=info.trained,
     )
-    return segmenter, model
+    graphs = config.graphs or graphs_beside(weights)
+    if config.exact_backend == "openvino":
+        use_openvino(segmenter, network, graphs=graphs)
+    return _Served(segmenter=segmenter, model=model, weights=weights, graphs=graphs)
 
 
-def _warm_up(segmenter: Segmenter) -> None:
+def _warm_up(segmenter: Segmenter, quality: Quality) -> None:
     """Have kernels chosen and memory taken before the first job."""
     blank = np.zeros((segmenter.input_size, segmenter.input_size, 3), np.uint8)
-    for _ in segmenter.segment([blank]):
+    for _ in segmenter.segment([blank], quality=quality):
         pass
 
 
@@ -114,16 +154,19 @@ def _tell(greeting: TextIO, message: EngineReady | EngineRefused) -> None:
         greeting.write(message.model_dump_json() + "\n")
 
 
-def _serve(connection: Connection, segmenter: Segmenter) -> None:
-    """Serve one stream, or give a sign of life."""
+def _serve(connection: Connection, served: _Served) -> None:
+    """Serve one stream, answer a question, or give a sign of life."""
     try:
         message = connection.recv_bytes()
         if message == PING:
             connection.send_bytes(PING)
             return
-        request = StreamRequest.model_validate_json(message)
+        request = _REQUEST.validate_json(message)
+        if isinstance(request, EngineQuestion):
+            connection.send_bytes(served.prepare(request.prepare).model_dump_json().encode())
+            return
         with structlog.contextvars.bound_contextvars(job=request.job_id, attempt=request.attempt):
-            _answer(connection, segmenter, request)
+            _answer(connection, served.segmenter, request)
     except (EOFError, ConnectionError):  # before it said what it wants
         return
 

@@ -22,6 +22,7 @@ from pathlib import Path
 from pydantic import TypeAdapter
 
 from service.errors import EngineFailed, Misconfigured
+from service.jobs import Quality
 from worker.decode import VideoFrame
 from worker.protocol import (
     DONE,
@@ -29,7 +30,9 @@ from worker.protocol import (
     OUT_OF_MEMORY,
     PING,
     TAKEN,
+    EngineAnswer,
     EngineConfig,
+    EngineQuestion,
     EngineReady,
     EngineRefused,
     Mask,
@@ -114,6 +117,8 @@ class EngineProcess:
             device=self._settings.device,
             input_size=self._settings.input_size,
             cpu_threads=self._settings.cpu_threads,
+            exact_backend=self._settings.exact_backend,
+            graphs=self._settings.graphs,
         )
         self._process = subprocess.Popen(
             # -P: a folder named `worker` in the working directory must not be taken for this package.
@@ -172,6 +177,22 @@ class EngineStream:
         self.decode_s = 0.0
         self.inference_s = 0.0
 
+    def prepare(self, quality: Quality, *, timeout_seconds: float) -> EngineAnswer:
+        """Have the engine get ready what computes a quality.
+
+        Raises:
+            EngineFailed: The engine died, or took longer. It is dead now, as after :meth:`segment`.
+            BaseException: Whatever ``tick`` raises, as it is.
+        """
+        self._last_activity = time.monotonic()
+        with self._fatal(), _connected(self._socket_path) as connection:
+            try:
+                connection.send_bytes(EngineQuestion(prepare=quality).model_dump_json().encode())
+                self._wait(connection, timeout_seconds)
+                return EngineAnswer.model_validate_json(connection.recv_bytes())
+            except (EOFError, ConnectionError) as error:
+                raise EngineFailed("The segmentation engine died.") from error
+
     def segment(
         self, frames: Iterable[VideoFrame], request: StreamRequest
     ) -> Generator[SegmentedFrame, None, None]:
@@ -183,14 +204,11 @@ class EngineStream:
             BaseException: Whatever ``frames`` or ``tick`` raise, as it is.
         """
         self._last_activity = time.monotonic()
-        with _connected(self._socket_path) as connection:
+        with self._fatal(), _connected(self._socket_path) as connection:
             sender = threading.Thread(target=self._send, args=(connection, frames, request), daemon=True)
             sender.start()
             try:
                 yield from self._receive(connection, request)
-            except EngineFailed:
-                _end_process(self._engine_pid)
-                raise
             finally:
                 _hang_up(connection)
                 sender.join()
@@ -220,7 +238,7 @@ class EngineStream:
 
     def _receive(self, connection: Connection, request: StreamRequest) -> Iterator[SegmentedFrame]:
         while True:
-            self._wait(connection)
+            self._wait(connection, self._stall_seconds)
             try:
                 message = connection.recv_bytes()
             except (EOFError, ConnectionError) as error:
@@ -237,7 +255,16 @@ class EngineStream:
                 what = "ran out of memory" if kind == OUT_OF_MEMORY else "failed on this video"
                 raise EngineFailed(f"The segmentation engine {what}.")
 
-    def _wait(self, connection: Connection) -> None:
+    @contextlib.contextmanager
+    def _fatal(self) -> Iterator[None]:
+        """No engine outlives its failure."""
+        try:
+            yield
+        except EngineFailed:
+            _end_process(self._engine_pid)
+            raise
+
+    def _wait(self, connection: Connection, limit_seconds: float) -> None:
         """Return as soon as there is a message to read."""
         while True:
             self._tick()
@@ -246,8 +273,8 @@ class EngineStream:
             if connection.poll(_TICK_SECONDS):
                 return
             # While a frame is being decoded the engine may have nothing to do.
-            if not self._decoding and time.monotonic() - self._last_activity > self._stall_seconds:
-                raise EngineFailed(f"The segmentation engine did nothing for {self._stall_seconds:.0f} s.")
+            if not self._decoding and time.monotonic() - self._last_activity > limit_seconds:
+                raise EngineFailed(f"The segmentation engine did nothing for {limit_seconds:.0f} s.")
 
 
 @contextlib.contextmanager

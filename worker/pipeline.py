@@ -12,6 +12,7 @@ from service.durable import sync
 from service.jobs import (
     Artifact,
     ArtifactKind,
+    EngineInfo,
     JobRecord,
     JobStatus,
     JobWarning,
@@ -24,10 +25,14 @@ from service.jobs import (
 from worker.artifacts import OverlaySegment, write_archive, write_overlay
 from worker.decode import VideoReader
 from worker.engine_process import EngineStream, SegmentedFrame
-from worker.protocol import StreamRequest
+from worker.protocol import EngineAnswer, StreamRequest
 from worker.spans import FinishedSpan, SpanDraft, SpanStore, SpanTimings, total_timings
 
 UNTRAINED = JobWarning(code="untrained_weights", detail="The network is untrained: its masks mean nothing.")
+NOT_FAST = JobWarning(
+    code="fast_unavailable",
+    detail="The worker has no fast engine whose masks agree with the exact ones: the job ran as `exact`.",
+)
 ALL_EMPTY = JobWarning(code="empty_masks", detail="Every mask is empty: no frame has any foreground.")
 
 
@@ -39,6 +44,7 @@ def run_job(
     *,
     stream: EngineStream,
     model: ModelInfo,
+    prepared: EngineAnswer,
     margin_frames: int,
     attempt: int,
     started_at: datetime,
@@ -50,6 +56,7 @@ def run_job(
         workspace: The attempt's own directory. Spans and artifacts are made in it, the artifacts in
             ``workspace / "artifacts"``; what is renamed out of it is published. Should it be taken away, the
             attempt is to end.
+        prepared: What the stream's engine computes the job's quality with.
         margin_frames: How many frames a window reaches to each side.
 
     Returns:
@@ -73,7 +80,7 @@ def run_job(
         mask_height=height,
         mask_width=width,
         threshold=record.options.threshold,
-        quality=record.options.quality,
+        quality=prepared.instead or record.options.quality,
         start=context,
     )
     with (
@@ -87,7 +94,9 @@ def run_job(
         work.finish_span()
     report(Progress(phase="publishing", frames_done=video.frames, frames_total=video.frames))
     began = time.monotonic()
-    artifacts = _make_artifacts(record, finished, workspace / "artifacts", model=model, fps=video.fps)
+    artifacts = _make_artifacts(
+        record, finished, workspace / "artifacts", model=model, engine=prepared.engine, fps=video.fps
+    )
     spent = total_timings(finished)
     return Outcome(
         status=JobStatus.SUCCEEDED,
@@ -96,7 +105,7 @@ def run_job(
         finished_at=utc_now(),
         frames=video.frames,
         artifacts=artifacts,
-        warnings=(*_warnings(model, finished), *video.warnings),
+        warnings=(*_warnings(model, prepared, finished), *video.warnings),
         timings=Timings(
             queue_s=round(max(0.0, (started_at - record.created_at).total_seconds()), 3),
             decode_s=round(spent.decode_s, 3),
@@ -104,6 +113,7 @@ def run_job(
             encode_s=round(spent.encode_s + time.monotonic() - began, 3),
         ),
         model=model,
+        engine=prepared.engine,
     )
 
 
@@ -179,7 +189,13 @@ class _Work:
 
 
 def _make_artifacts(
-    record: JobRecord, spans: list[FinishedSpan], directory: Path, *, model: ModelInfo, fps: float | None
+    record: JobRecord,
+    spans: list[FinishedSpan],
+    directory: Path,
+    *,
+    model: ModelInfo,
+    engine: EngineInfo,
+    fps: float | None,
 ) -> tuple[Artifact, ...]:
     directory.mkdir()
     made = []
@@ -190,7 +206,13 @@ def _make_artifacts(
                 path = directory / "masks.zip"
                 made.append(
                     write_archive(
-                        path, _masks(spans), size=size, options=record.options, model=model, fps=fps
+                        path,
+                        _masks(spans),
+                        size=size,
+                        options=record.options,
+                        model=model,
+                        engine=engine,
+                        fps=fps,
                     )
                 )
             case ArtifactKind.OVERLAY:
@@ -221,6 +243,7 @@ def _progress(done: int, expected: int | None, done_now: int, started_at: dateti
     )
 
 
-def _warnings(model: ModelInfo, spans: list[FinishedSpan]) -> tuple[JobWarning, ...]:
+def _warnings(model: ModelInfo, prepared: EngineAnswer, spans: list[FinishedSpan]) -> tuple[JobWarning, ...]:
     found_any = any(span.record.any_foreground for span in spans)
-    return (() if model.trained else (UNTRAINED,)) + (() if found_any else (ALL_EMPTY,))
+    holds = {UNTRAINED: not model.trained, NOT_FAST: prepared.instead is not None, ALL_EMPTY: not found_any}
+    return tuple(warning for warning, does in holds.items() if does)

@@ -3,17 +3,19 @@
 One connection is one stream. The horse sends a :class:`StreamRequest` as JSON, then one message per frame
 (its raw bytes), then an empty message. The engine answers with messages of a one-byte kind and a body: a sign
 for every message that it takes, a mask per frame from ``start`` on, in order, and a sign that these were all;
-or a failure, after which it ends. In place of a request, :data:`PING` asks for a sign of life.
+or a failure, after which it ends. In place of a request, :data:`PING` asks for a sign of life, and an
+:class:`EngineQuestion` for what would compute a quality.
 """
 
 import struct
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict
 
-from service.jobs import ModelInfo, Quality
+from service.jobs import EngineInfo, ModelInfo, Quality
 
 PING = b"ping"
 TAKEN, MASK, DONE, FAILURE, OUT_OF_MEMORY = b"t", b"m", b"d", b"f", b"o"
@@ -38,6 +40,8 @@ class EngineConfig(_Message):
     device: str
     input_size: int | None  # None: the one that the weights were made for
     cpu_threads: int
+    exact_backend: Literal["torch", "openvino"]
+    graphs: Path | None  # None: beside the weights
 
 
 class EngineReady(_Message):
@@ -57,6 +61,19 @@ class EngineRefused(_Message):
     """An engine cannot start as configured; ``reason`` is one line for the operator."""
 
     reason: str
+
+
+class EngineQuestion(_Message):
+    """What will compute this quality? Answered by :class:`EngineAnswer`, when it is ready to."""
+
+    prepare: Quality
+
+
+class EngineAnswer(_Message):
+    """What computes the quality asked for, or, where ``instead`` is given, that one in its place."""
+
+    engine: EngineInfo
+    instead: Quality | None = None
 
 
 class StreamRequest(_Message):

@@ -1,6 +1,7 @@
 """The worker's own settings; see ``service.settings`` for those it shares with the API."""
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -24,8 +25,20 @@ class WorkerSettings(SharedSettings):
     cpu_threads: NonNegativeInt = Field(
         default=0, description="Threads of the network on a CPU; 0: all cores."
     )
+    exact_backend: Literal["torch", "openvino"] = Field(
+        default="torch", description="What computes quality `exact`; OpenVINO on CPUs only, with imcnet[cpu]."
+    )
+    graphs: Path | None = Field(
+        default=None,
+        description="Folder where OpenVINO's graphs are kept; by default `graphs` beside the weights.",
+    )
     engine_start_seconds: PositiveFloat = Field(
         default=180, description="Time limit for loading the model onto the device."
+    )
+    engine_prepare_seconds: PositiveFloat = Field(
+        default=900,
+        description="Time limit for getting what computes a job's quality ready: building and checking "
+        "graphs, once for a weights file.",
     )
     span_frames: PositiveInt = Field(
         default=256,

@@ -25,6 +25,7 @@ from service.errors import (
 from service.jobs import (
     Attempt,
     AttemptEnd,
+    EngineInfo,
     JobRecord,
     JobStatus,
     Outcome,
@@ -146,6 +147,7 @@ def _run(attempt: Attempt, record: JobRecord, at: Workplace) -> Outcome:
         stall_seconds=at.settings.engine_stall_seconds,
     )
     try:
+        prepared = stream.prepare(record.options.quality, timeout_seconds=at.settings.engine_prepare_seconds)
         with VideoReader(
             storage.source(record.id),
             at.settings.media_limits,
@@ -155,9 +157,10 @@ def _run(attempt: Attempt, record: JobRecord, at: Workplace) -> Outcome:
                 record,
                 video,
                 attempt.directory,
-                SpanStore(storage.spans(attempt, _span_key(record, at)), at.settings.span_frames),
+                SpanStore(storage.spans(attempt, _span_key(prepared.engine, at)), at.settings.span_frames),
                 stream=stream,
                 model=at.engine.model,
+                prepared=prepared,
                 margin_frames=at.engine.margin_frames,
                 attempt=attempt.number,
                 started_at=attempt.record.started_at,
@@ -174,14 +177,14 @@ def _run(attempt: Attempt, record: JobRecord, at: Workplace) -> Outcome:
         raise
 
 
-def _span_key(record: JobRecord, at: Workplace) -> str:
+def _span_key(engine: EngineInfo, at: Workplace) -> str:
     """Equal for attempts whose spans have equal bytes: a job is not made of two models' masks."""
     facts = (
         _SPAN_FORMAT,
         at.settings.span_frames,
         at.engine.model.model_dump_json(),
         at.engine.input_size,
-        at.engine.device.partition(":")[0],
+        engine.model_dump_json(),
     )
     return hashlib.sha256(repr(facts).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""`imcnet benchmark`: the published loop against our engine, and a whole job by its stages."""
+"""`imcnet benchmark`: the published loop against our engines, and a whole job by its stages."""
 
 import json
 import tempfile
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from model.backbone import BackboneName
+from service.cli import training_options as options
 from service.cli.serve import WeightsOption
 from service.cli.settings import read_settings, require_weights
 from service.errors import Misconfigured
@@ -22,7 +22,11 @@ from worker.decode import VideoReader
 from worker.settings import WorkerSettings
 
 if TYPE_CHECKING:
+    import torch
+
+    from model.agreement import Gate
     from model.benchmark import Result
+    from model.engine import Engine
     from model.imcnet import IMCNet
     from model.segmenter import Frame, Mask
 
@@ -34,7 +38,8 @@ def benchmark(
         Path | None, typer.Argument(metavar="[VIDEO]", help="Frames to segment; by default, a made-up scene.")
     ] = None,
     backbone: Annotated[
-        BackboneName | None, typer.Option(help="A network of random weights in place of the weights file.")
+        options.Backbone | None,
+        typer.Option(help="A network of random weights in place of the weights file."),
     ] = None,
     weights: WeightsOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [IMCNET_DEVICE]")] = None,
@@ -45,7 +50,7 @@ def benchmark(
     rounds: Annotated[int, typer.Option(min=1, help="How often each candidate runs, in turns.")] = 3,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
-    """Compare the published loop with our engine on this machine, in turns and in one process.
+    """Compare the published loop with our engines on this machine, in turns and in one process.
 
     A ratio is taken within a round; of ratios and times the median is shown, and the ratios' spread.
     """
@@ -54,7 +59,7 @@ def benchmark(
         raise Misconfigured(f"There is no file {video}.")
     with tempfile.TemporaryDirectory(prefix="imcnet-") as directory:
         source = video or _scene(Path(directory) / "scene.mp4")
-        document = _measure(source, settings, backbone, frames=frames, rounds=rounds)
+        document = _measure(source, settings, backbone, Path(directory), frames=frames, rounds=rounds)
     typer.echo(_table(document))
     if json_file is not None:
         json_file.write_text(json.dumps(document, indent=1) + "\n")
@@ -68,7 +73,13 @@ def _scene(path: Path) -> Path:
 
 
 def _measure(
-    source: Path, settings: WorkerSettings, backbone: BackboneName | None, *, frames: int, rounds: int
+    source: Path,
+    settings: WorkerSettings,
+    backbone: options.Backbone | None,
+    directory: Path,
+    *,
+    frames: int,
+    rounds: int,
 ) -> dict[str, Any]:
     import torch
 
@@ -82,8 +93,9 @@ def _measure(
     device = resolve_device(settings.device)
     network, name, size = _network(settings, backbone, images)
     results: list[Result] = []
+    others = _others(network, device, size, directory)
     for count, results in enumerate(
-        compare(network, images, device=device, input_size=size, rounds=rounds), start=1
+        compare(network, images, device=device, input_size=size, rounds=rounds, others=others), start=1
     ):
         ratios = ", ".join(f"{result.name}: {result.ratios[-1]:.2f}" for result in results[1:])
         typer.echo(f"round {count} of {rounds}, times as fast as the published loop: {ratios}", err=True)
@@ -103,8 +115,32 @@ def _measure(
     }
 
 
+def _others(
+    network: "IMCNet", device: "torch.device", input_size: int, directory: Path
+) -> "dict[Engine, Gate]":
+    """Every other engine that can be had, whether its masks pass or not: that is to be seen."""
+    from model.agreement import EXACT_GATE, FAST_GATE
+    from model.errors import EngineUnavailable
+
+    found: dict[Engine, Gate] = {}
+    try:
+        if device.type == "cuda":
+            from model.cuda import CudaEngine
+
+            found[CudaEngine(network, device=device)] = FAST_GATE
+        else:
+            from model.openvino_engine import Graphs, OpenVINOEngine
+
+            graphs = Graphs.prepare(network, input_size, directory)
+            found[OpenVINOEngine(graphs, precision="float32")] = EXACT_GATE
+            found[OpenVINOEngine(graphs, precision="bfloat16")] = FAST_GATE
+    except (EngineUnavailable, ModuleNotFoundError) as error:
+        typer.echo(f"left out: {error}", err=True)
+    return found
+
+
 def _network(
-    settings: WorkerSettings, backbone: BackboneName | None, images: "list[Frame]"
+    settings: WorkerSettings, backbone: options.Backbone | None, images: "list[Frame]"
 ) -> "tuple[IMCNet, str, int]":
     from model.benchmark import untrained_network
     from model.imcnet import IMCNetConfig
@@ -122,6 +158,8 @@ def _reader(source: Path, settings: WorkerSettings) -> VideoReader:
 
 
 def _figures(result: "Result") -> dict[str, Any]:
+    agreement = result.agreement
+    assert agreement is not None, "every candidate has run"
     return {
         "name": result.name,
         "ms_per_frame": result.milliseconds(lambda work: work.seconds),
@@ -131,8 +169,9 @@ def _figures(result: "Result") -> dict[str, Any]:
         "ratios": result.ratios,
         "encodes_per_frame": result.runs[-1].encoded / result.frames,
         "cached_frames": result.runs[-1].cached,
-        "flipped": result.flipped,
-        "iou": result.iou,
+        "flipped": agreement.flipped,
+        "iou": agreement.iou,
+        "passes": result.passes,
         "memory_mib": max(work.memory_mib for work in result.runs),
         "runs": [asdict(work) for work in result.runs],
     }
@@ -167,7 +206,7 @@ def _whole_job(
     from model.stages import WriteBehind, read_ahead
 
     segmenter = Segmenter(network, device=settings.device, input_size=size)
-    segmenter.engine = observed = Observed(segmenter.engine)
+    segmenter.engines["exact"] = observed = Observed(segmenter.engines["exact"])
     decoding, waiting, writing, putting = _Clock(), _Clock(), _Clock(), _Clock()
 
     def write(archive: zipfile.ZipFile, number: int, mask: "Mask") -> None:

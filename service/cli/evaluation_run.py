@@ -49,12 +49,19 @@ def segment_to(
     """
     from tqdm import tqdm
 
+    from model.engines import load_segmenter
     from model.evaluation.predictions import SegmentedMasks, StoredMasks
-    from model.segmenter import Segmenter
     from model.weights import file_sha256, read_info
 
     weights = require_weights(settings)
-    segmenter = Segmenter.load(weights, device=settings.device, input_size=settings.input_size)
+    segmenter = load_segmenter(
+        weights,
+        quality,
+        device=settings.device,
+        input_size=settings.input_size,
+        exact_backend=settings.exact_backend,
+        graphs=settings.graphs,
+    )
     masks, stored = SegmentedMasks(segmenter, quality=quality), StoredMasks(folder)
     total = sum(len(frames) for _, frames in sequences)
     with tqdm(total=total, desc="Segmenting", unit="frame", disable=None) as bar:

@@ -57,7 +57,7 @@ export function paceText({ frames_done, frames_total, fps, eta_s }) {
 }
 
 /** What is known of a job, as pairs of term and fact. */
-export function facts({ input, options, model, created_at, expires_at }) {
+export function facts({ input, options, model, engine, created_at, expires_at }) {
   const parts = [`${input.width} × ${input.height}`, input.codec, sizeText(input.bytes)];
   if (input.fps) parts.splice(1, 0, `${Number(input.fps.toFixed(2))} frames a second`);
   if (input.duration_s) parts.splice(1, 0, durationText(input.duration_s));
@@ -68,6 +68,7 @@ export function facts({ input, options, model, created_at, expires_at }) {
     ["Video", parts.join(" · ")],
     ["Options", `threshold ${options.threshold}${quality}${side}`],
     ["Network", network],
+    ["Computed by", engine && `${engine.name} on ${engine.device}`],
     ["Posted", timeText(created_at)],
     ["Kept until", expires_at && timeText(expires_at)],
   ].filter(([, fact]) => fact);

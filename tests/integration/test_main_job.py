@@ -93,6 +93,20 @@ def test_a_multi_scale_job_leaves_a_mask_a_frame_and_says_what_it_was(stack: Sta
     assert multi_scale["timings"]["inference_s"] > 3 * exact["timings"]["inference_s"]
 
 
+def test_a_fast_job_whose_masks_nothing_vouches_for_is_exact_and_says_so(
+    stack: Stack, tmp_path: Path
+) -> None:
+    video = write_video(tmp_path / "clip.mp4", moving_square(7))
+    stack.start_api()
+    stack.start_worker()
+    exact, fast = (stack.ended(stack.post(video, quality=quality)["id"]) for quality in ("exact", "fast"))
+    assert "fast_unavailable" in {warning["code"] for warning in fast["warnings"]}
+    assert "fast_unavailable" not in {warning["code"] for warning in exact["warnings"]}
+    assert exact["engine"] == fast["engine"] == {"name": "torch-float32", "device": "cpu"}
+    told = manifest(stack.download(fast["id"]))
+    assert (told["engine"], told["options"]["quality"]) == (fast["engine"], "fast")
+
+
 def test_masks_can_be_smaller_than_the_video(stack: Stack, tmp_path: Path) -> None:
     video = write_video(tmp_path / "clip.mp4", moving_square(3, height=96, width=128))
     stack.start_api()

@@ -37,7 +37,8 @@ def test_all_candidates_run_each_round_and_agree_in_float64(
     *_, (published, sampled, exact) = compare(network64, frames, device=CPU, input_size=SIZE, rounds=2)
     for result in (published, sampled, exact):
         assert len(result.runs) == len(result.ratios) == 2
-        assert (result.flipped, result.iou) == (0, 1)
+        assert result.agreement is not None
+        assert (result.agreement.flipped, result.agreement.iou) == (0, 1)
         assert all(work.seconds >= work.encode_s + work.window_s > work.encode_s > 0 for work in result.runs)
     assert published.ratios == [1, 1]
     assert [work.encoded for work in published.runs + sampled.runs] == 4 * [3 * 14]

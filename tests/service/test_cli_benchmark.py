@@ -24,10 +24,12 @@ def figures(tmp_path_factory: pytest.TempPathFactory, untrained_weights: Path) -
 
 
 def test_loop_and_engine_are_compared(figures: dict[str, object]) -> None:
-    loop, sampled, exact = figures["engines"]  # type: ignore[misc]
-    assert (loop["encodes_per_frame"], sampled["encodes_per_frame"], exact["encodes_per_frame"]) == (3, 3, 1)
-    assert exact["flipped"] == 0
-    assert figures["speedup"] == exact["ratio"]
+    loop, sampled, *engines = figures["engines"]  # type: ignore[misc]
+    assert [each["encodes_per_frame"] for each in (loop, sampled)] == [3, 3]
+    assert [each["encodes_per_frame"] for each in engines] == [1] * len(engines)
+    assert [each["name"] for each in engines[:2]] == ["torch-float32", "openvino-float32"]
+    assert engines[0]["flipped"] == 0
+    assert figures["speedup"] == max(each["ratio"] for each in engines if each["passes"])
 
 
 def test_a_whole_job_is_told_by_stage(figures: dict[str, object]) -> None:

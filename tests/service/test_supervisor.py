@@ -107,17 +107,11 @@ def test_a_child_that_will_not_end_is_killed_after_the_grace(supervise: Supervis
 
 
 def test_a_second_signal_does_not_wait_for_the_grace(supervise: Supervise, tmp_path: Path) -> None:
-    process = supervise(
-        "[[shell('deaf', 'trap \"echo asked >> journal\" TERM; while :; do sleep 0.05; done')]], "
-        "grace_seconds=3600"
-    )
-    wait_until(lambda: psutil.Process(process.pid).children(recursive=True))
-
-    def ask() -> bool:
-        process.terminate()
-        return bool(journal(tmp_path)) or process.poll() is not None
-
-    wait_until(ask)
+    deaf = 'trap "echo asked >> journal" TERM; echo ready >> journal; while :; do sleep 0.05; done'
+    process = supervise(f"[[shell('deaf', '{deaf}')]], grace_seconds=3600")
+    wait_until(lambda: journal(tmp_path) == ["ready"])
+    process.terminate()
+    wait_until(lambda: journal(tmp_path) == ["ready", "asked"])
     process.terminate()
     assert process.wait(60) == 0
 

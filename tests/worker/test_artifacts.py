@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from service.jobs import JobOptions, ModelInfo
+from service.jobs import EngineInfo, JobOptions, ModelInfo
 from worker.artifacts import OverlaySegment, tint, write_archive, write_overlay
 from worker.decode import VideoFrame
 from worker.png import encode_mask
 from worker.protocol import Mask
 
+ENGINE = EngineInfo(name="torch-float32", device="cpu")
 MODEL = ModelInfo(name="m", backbone="resnet18", weights_sha256="0" * 64, trained=True)
 
 
@@ -36,6 +37,7 @@ def archive(path: Path, content: list[tuple[VideoFrame, Mask]]) -> Path:
         size=(33, 47),
         options=JobOptions(),
         model=MODEL,
+        engine=ENGINE,
         fps=25.0,
     )
     assert (artifact.name, artifact.bytes) == (path.name, path.stat().st_size)

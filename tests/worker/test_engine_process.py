@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import suppress
 from multiprocessing.connection import Client
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import psutil
@@ -17,11 +16,11 @@ from model.imcnet import IMCNetConfig
 from model.segmenter import Segmenter
 from model.weights import init_weights
 from service.errors import EngineFailed, Misconfigured
-from service.jobs import Quality
+from service.jobs import EngineInfo, Quality
 from tests.waiting import wait_until, wait_until_gone
 from worker.decode import VideoFrame
 from worker.engine_process import EngineProcess, EngineStream
-from worker.protocol import TAKEN, StreamRequest
+from worker.protocol import TAKEN, EngineAnswer, StreamRequest
 from worker.settings import WorkerSettings
 
 pytestmark = pytest.mark.processes
@@ -83,7 +82,7 @@ def frames(count: int, *, height: int = 40, width: int = 56) -> Iterator[VideoFr
         yield VideoFrame(random.integers(0, 256, (height, width, 3), np.uint8), index, index / 25)
 
 
-@pytest.mark.parametrize("quality", get_args(Quality))
+@pytest.mark.parametrize("quality", ["exact", "multi_scale"])
 def test_the_engines_masks_are_the_segmenters(
     engine: EngineProcess, untrained_weights: Path, quality: Quality
 ) -> None:
@@ -104,6 +103,45 @@ def test_the_engines_masks_are_the_segmenters(
     assert [s.frame.pts for s in segmented] == list(range(9))
     assert all(np.array_equal(s.mask, mask) for s, mask in zip(segmented, masks, strict=True))
     assert 0.05 < np.mean(masks) < 0.95
+
+
+def test_it_says_what_computes_a_quality(engine: EngineProcess) -> None:
+    answers = [stream(engine).prepare(quality, timeout_seconds=300) for quality in ("exact", "multi_scale")]
+    assert answers == [EngineAnswer(engine=EngineInfo(name="torch-float32", device="cpu"))] * 2
+
+
+def test_masks_that_cannot_be_compared_open_no_gate(engine: EngineProcess) -> None:
+    """An untrained network sees objects nowhere, or everywhere."""
+    pytest.importorskip("openvino", reason="needs imcnet[cpu]")
+    answer = stream(engine).prepare("fast", timeout_seconds=300)
+    assert (answer.engine.name, answer.instead) == ("torch-float32", "exact")
+    assert len(list(stream(engine).segment(frames(3), REQUEST))) == 3
+
+
+def test_openvinos_masks_pass_with_the_weights_that_ship(tmp_path: Path) -> None:
+    pytest.importorskip("openvino", reason="needs imcnet[cpu]")
+    if "avx512_bf16" not in Path("/proc/cpuinfo").read_text():
+        pytest.skip("this CPU has no bfloat16")
+    options = {"input_size": None, "cpu_threads": 0, "graphs": tmp_path, "exact_backend": "openvino"}
+    engine = EngineProcess(settings(None, **options))
+    try:
+        engine.ensure_running()
+        names = [
+            stream(engine).prepare(quality, timeout_seconds=300).engine.name
+            for quality in ("exact", "fast", "multi_scale")
+        ]
+        request = REQUEST.model_copy(update={"quality": "fast"})
+        assert len(list(stream(engine).segment(frames(3), request))) == 3
+    finally:
+        engine.stop()
+    assert names == ["openvino-float32", "openvino-bfloat16", "torch-float32"]
+
+
+def test_an_engine_that_dies_while_it_is_asked_is_an_engine_that_failed(engine: EngineProcess) -> None:
+    psutil.Process(engine.pid).suspend()
+    with pytest.raises(EngineFailed, match="did nothing for 1 s"):
+        stream(engine).prepare("exact", timeout_seconds=1)
+    wait_until_gone([psutil.Process(engine.pid)] if psutil.pid_exists(engine.pid) else [])
 
 
 def test_frames_of_context_get_no_mask_and_change_none_of_the_others(engine: EngineProcess) -> None:
