@@ -26,12 +26,12 @@ import numpy as np
 
 from model.imcnet import IMCNetConfig
 from model.weights import init_weights
-from service.jobs import ArtifactKind, JobInput, JobOptions, JobRecord, ModelInfo, utc_now
+from service.jobs import ArtifactKind, EngineInfo, JobInput, JobOptions, JobRecord, ModelInfo, utc_now
 from service.media import MediaLimits
 from worker import pipeline
 from worker.decode import VideoReader
 from worker.engine_process import EngineProcess, EngineStream
-from worker.protocol import DONE, TAKEN, EngineReady, StreamRequest, pack_mask
+from worker.protocol import DONE, TAKEN, EngineAnswer, EngineReady, StreamRequest, pack_mask
 from worker.settings import WorkerSettings
 from worker.spans import SpanStore
 
@@ -156,6 +156,7 @@ class Job:
                 SpanStore(self._directory / "spans", span),
                 stream=stream,
                 model=self._engine.model,
+                prepared=EngineAnswer(engine=EngineInfo(name="stand-in", device="cpu")),
                 margin_frames=self._engine.margin_frames,
                 attempt=1,
                 started_at=utc_now(),

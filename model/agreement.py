@@ -63,9 +63,9 @@ class Gate:
 
     def check(self, agreement: Agreement) -> None:
         """Raises: EngineUnavailable: The masks differ too much, or there was nothing to compare."""
-        if agreement.foreground < _MIN_FOREGROUND:
+        if not _MIN_FOREGROUND <= agreement.foreground <= 1 - _MIN_FOREGROUND:
             raise EngineUnavailable(
-                "with these weights its masks cannot be told right from wrong: the network finds no object"
+                "with these weights its masks cannot be told right from wrong: foreground is nothing or all"
             )
         if not self.allows(agreement):
             raise EngineUnavailable(

@@ -198,7 +198,7 @@ def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_windo
     segmenter = Segmenter(network64, device="cpu", input_size=SIZE)
     frames = make_frames(count)
     expected = list(segmenter.segment(frames, quality=quality))
-    segmenter.engines["exact"] = engine = Batches(network64, batch)
+    segmenter.engines[quality] = engine = Batches(network64, batch)
     stream = Stream(frames)
     for center, mask in enumerate(segmenter.segment(stream, quality=quality)):
         assert np.array_equal(mask, expected[center])

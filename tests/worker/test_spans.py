@@ -7,13 +7,14 @@ from pathlib import Path
 import av
 import pytest
 
-from service.jobs import ArtifactKind, JobOptions, JobRecord, Outcome, Progress, Quality, utc_now
+from service.jobs import ArtifactKind, EngineInfo, JobOptions, JobRecord, Outcome, Progress, Quality, utc_now
 from service.media import MediaLimits
 from tests.service.test_jobs import RECORD
 from tests.videos import damage_packets, moving_square, noise, write_video
 from worker.decode import VideoReader
 from worker.engine_process import EngineProcess, EngineStream
 from worker.pipeline import run_job
+from worker.protocol import EngineAnswer
 from worker.settings import WorkerSettings
 from worker.spans import SpanDamaged, SpanStore
 
@@ -102,6 +103,7 @@ class Job:
                 SpanStore(self.spans, self._length),
                 stream=stream,
                 model=self._engine.ready.model,
+                prepared=EngineAnswer(engine=EngineInfo(name="torch-float32", device="cpu")),
                 margin_frames=self._engine.ready.margin_frames,
                 attempt=self.attempts,
                 started_at=utc_now(),
