@@ -1,7 +1,7 @@
 """Memory of the segmenter on a long stream: ``python benchmarks/memory.py --frames 10000``.
 
-Noise of 854×480 pixels, the weights that ship, at a small input size, so that it takes minutes: what is held does
-not depend on how long a frame takes. Prints resident memory and the frames held, ten times on the way.
+Noise of 854×480 pixels, the weights that ship, at a small input size, so that it takes minutes: what is held
+does not depend on how long a frame takes. Prints resident memory and the frames held, ten times on the way.
 """
 
 import argparse
