@@ -11,11 +11,15 @@ from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 
 from service import page, problems, routes
+from service.access import Access
 from service.broker import connect
 from service.errors import QueueUnavailable
 from service.idempotency import IdempotencyKeys
+from service.keys import KeyRing, KeyStore
 from service.metrics import Metrics, RequestMetrics
+from service.ownership import Ownership
 from service.queue import JobQueue
+from service.rate import RequestRate
 from service.services import Services
 from service.settings import ServiceSettings
 from service.storage import JobStorage
@@ -55,6 +59,8 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     )
     app.state.services = services
     app.state.metrics = Metrics(services.storage, services.queue, services.queue.tally)
+    rate = RequestRate(services.queue.connection, per_minute=settings.key_requests_per_minute)
+    app.add_middleware(Access, ring=services.keys, take_request=rate.take)
     app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     problems.install(app)
     app.include_router(routes.router)
@@ -78,6 +84,8 @@ def build_services(settings: ServiceSettings) -> Services:
         storage=storage,
         queue=queue,
         idempotency=idempotency,
+        keys=KeyRing(KeyStore(settings.data_dir / "keys")),
+        owners=Ownership(storage),
         probing=asyncio.Semaphore(settings.max_probes),
     )
 
@@ -97,6 +105,7 @@ def _chores(services: Services) -> tuple[tuple[Callable[[], None], float], ...]:
             partial(services.idempotency.sweep, settings.tombstone_seconds),
             settings.sweep_interval_seconds,
         ),
+        (services.owners.sweep, settings.sweep_interval_seconds),
     )
 
 

@@ -23,6 +23,10 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
         "bad_request": ProblemType(HTTPStatus.BAD_REQUEST, "The request cannot be understood"),
         "not_found": ProblemType(HTTPStatus.NOT_FOUND, "There is nothing here"),
         "method_not_allowed": ProblemType(HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed"),
+        "unauthorized": ProblemType(HTTPStatus.UNAUTHORIZED, "A valid API key is needed"),
+        "cross_site": ProblemType(HTTPStatus.FORBIDDEN, "Another site's page has sent the request"),
+        "rate_limited": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests"),
+        "quota_exceeded": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "The key's quota is used up"),
         "request_timeout": ProblemType(HTTPStatus.REQUEST_TIMEOUT, "The upload came to a halt"),
         "invalid_options": ProblemType(HTTPStatus.UNPROCESSABLE_ENTITY, "The options are not valid"),
         "idempotency_key_reused": ProblemType(
@@ -95,6 +99,41 @@ class InvalidRequest(ImcnetError):
     """The request itself is at fault; ``code`` says how."""
 
     code = "bad_request"
+
+
+class Unauthorized(ImcnetError):
+    """No API key, or none that is valid."""
+
+    code = "unauthorized"
+
+    def __init__(self) -> None:
+        super().__init__("Send a valid API key: Authorization: Bearer KEY.")
+
+
+class CrossSite(ImcnetError):
+    """A browser was made to send this by a page of another site."""
+
+    code = "cross_site"
+
+    def __init__(self) -> None:
+        super().__init__("Requests that change something are not taken from other sites' pages.")
+
+
+class RateLimited(ImcnetError):
+    """The key has sent as many requests as it may, for now."""
+
+    code = "rate_limited"
+
+    def __init__(self, wait_seconds: int) -> None:
+        super().__init__("The key has sent as many requests as it may within a minute.")
+        self.retry_after_seconds = wait_seconds
+
+
+class QuotaExceeded(ImcnetError):
+    """The key's jobs take as much as they may."""
+
+    code = "quota_exceeded"
+    retry_after_seconds = 60
 
 
 class UnusableVideo(ImcnetError):
@@ -187,6 +226,12 @@ class JobTimedOut(ImcnetError):
     """The job ran longer than its limit."""
 
     code = "job_timeout"
+
+
+class KeyUnknown(ImcnetError):
+    """An operator named a key that there is not."""
+
+    code = "misconfigured"
 
 
 class Misconfigured(ImcnetError):

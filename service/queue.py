@@ -65,7 +65,7 @@ class JobQueue:
         job_timeout_seconds: int = 7200,
         max_queued_jobs: int = 100,
     ) -> None:
-        self._redis = connection
+        self.connection = self._redis = connection
         self._queue = Queue(QUEUE_NAME, connection=connection, serializer=JSONSerializer)
         self._lease_seconds = lease_seconds
         self._job_timeout_seconds = job_timeout_seconds

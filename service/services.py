@@ -9,9 +9,11 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from service.errors import QueueUnavailable
+from service.errors import JobNotFound, QueueUnavailable, QuotaExceeded
 from service.idempotency import IdempotencyKeys
 from service.jobs import Attempt, Job, JobRecord, JobStatus, Outcome, QueueState, describe, utc_now
+from service.keys import ApiKey, KeyRing
+from service.ownership import Ownership, Usage
 from service.queue import JobQueue
 from service.reconciliation import Reconciliation
 from service.settings import ServiceSettings
@@ -21,12 +23,14 @@ from service.tally import job_finished
 
 @dataclass(frozen=True)
 class Services:
-    """The settings, where jobs are kept and where they wait, what clients call them, who may probe."""
+    """The settings; where jobs are kept and wait; what clients call them; whose they are; who may probe."""
 
     settings: ServiceSettings
     storage: JobStorage
     queue: JobQueue
     idempotency: IdempotencyKeys
+    keys: KeyRing
+    owners: Ownership
     probing: asyncio.Semaphore
     stopping: threading.Event = field(default_factory=threading.Event)  # whoever waits now, answers
 
@@ -101,9 +105,44 @@ class Services:
         )
 
 
+def check_quota(key: ApiKey, usage: Usage, settings: ServiceSettings, *, upload_bytes: int) -> None:
+    """Raises: QuotaExceeded: With one more job, of an upload of that size, the key would have too much."""
+    limits = key.limits
+    for needed, allowed, what in (
+        (usage.active_jobs + 1, limits.active_jobs or settings.key_active_jobs, "jobs that have not ended"),
+        (
+            usage.queued_bytes + upload_bytes,
+            limits.queued_bytes or settings.key_queued_bytes,
+            "bytes of uploads whose jobs have not ended",
+        ),
+        (
+            usage.stored_bytes + upload_bytes,
+            limits.stored_bytes or settings.key_stored_bytes,
+            "bytes of stored jobs",
+        ),
+    ):
+        if needed > allowed:
+            raise QuotaExceeded(f"The key may have {allowed} {what}; with this job it would have {needed}.")
+
+
+def _key(request: Request) -> ApiKey | None:
+    key: ApiKey | None = request.state.key
+    return key
+
+
+KeyDep = Annotated[ApiKey | None, Depends(_key)]
+
+
 def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
 
 ServicesDep = Annotated[Services, Depends(_services)]
+
+
+def check_owner(request: Request, services: ServicesDep, key: KeyDep) -> None:
+    """Dependency of all endpoints. Raises: JobNotFound: The job asked for is not of the key that asks."""
+    job_id = request.path_params.get("job_id")
+    if key is not None and job_id is not None and not services.owners.owns(key.id, job_id):
+        raise JobNotFound

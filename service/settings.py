@@ -100,6 +100,18 @@ class ServiceSettings(SharedSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on.")
+    published: str | None = Field(
+        default=None,
+        description="Address and port at which others reach this one, if a container or proxy is in between.",
+    )
+    key_requests_per_minute: PositiveInt = Field(default=600, description="Requests of one API key a minute.")
+    key_active_jobs: PositiveInt = Field(default=50, description="Jobs of one API key that have not ended.")
+    key_queued_bytes: PositiveInt = Field(
+        default=20 * GIB, description="Uploads of one API key's jobs that have not ended."
+    )
+    key_stored_bytes: PositiveInt = Field(
+        default=100 * GIB, description="All that is stored of one API key's jobs."
+    )
     root_path: str = Field(default="", description="Path prefix that a reverse proxy strips.")
     max_upload_bytes: PositiveInt = Field(default=2 * GIB, description="Largest request body.")
     max_form_field_bytes: PositiveInt = Field(

@@ -160,6 +160,15 @@ class JobStorage:
         directory = self._directory(job_id)
         return (directory / "outcome.json").exists() or not (directory / "job.json").exists()
 
+    def stored_bytes(self, job_id: str) -> int:
+        """What all files of a job take, as far as they are still there."""
+        total = 0
+        for folder, _, names in os.walk(self._directory(job_id)):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    total += os.stat(os.path.join(folder, name)).st_size
+        return total
+
     def source(self, job_id: str) -> Path:
         """The uploaded video."""
         return self._directory(job_id) / "source"

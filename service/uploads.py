@@ -36,6 +36,11 @@ class Upload:
     fields: dict[str, list[str]]
 
 
+def declared_bytes(request: Request) -> int:
+    """What the client says that its body has; 0 where it does not say."""
+    return int(request.headers.get("content-length", 0))
+
+
 async def receive(
     request: Request,
     path: Path,
@@ -64,13 +69,13 @@ async def receive(
         starlette.requests.ClientDisconnect: The client has gone.
     """
     body = _body_of(request, max_form_field_bytes)
-    declared_bytes = int(request.headers.get("content-length", 0))
-    if declared_bytes > max_upload_bytes:
+    declared = declared_bytes(request)
+    if declared > max_upload_bytes:
         raise _too_large(max_upload_bytes)
     file = _NewFile(path, disk_reserve_bytes)
     async with AsyncExitStack() as on_failure:
         on_failure.push_async_callback(_in_thread, file.discard)
-        await _in_thread(file.open, 2 * declared_bytes)
+        await _in_thread(file.open, 2 * declared)
         async with aclosing(_read(request, max_upload_bytes, idle_seconds, min_bytes_per_second)) as chunks:
             async for chunk in chunks:
                 body.feed(chunk)

@@ -19,6 +19,7 @@ from service.cli import (
     doctor,
     evaluate,
     jobs,
+    keys,
     pretrain,
     segment,
     serve,
@@ -41,6 +42,7 @@ app.command("worker")(serve.worker)
 app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(keys.app, name="keys")
 app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)

@@ -12,12 +12,13 @@ from service.durable import disk_errors_translated
 from service.errors import ImcnetError, InvalidRequest, JobNotFound
 from service.idempotency import MAX_KEY_LENGTH, Claim, HeldKey, check_key, fingerprint_of
 from service.jobs import Job, JobInput, JobOptions, JobRecord, utc_now
+from service.keys import ApiKey
 from service.probe import probe_video
 from service.problems import Responses, documented
-from service.services import Services, ServicesDep
+from service.services import KeyDep, Services, ServicesDep, check_quota
 from service.settings import ServiceSettings
 from service.storage import JobStorage, new_job_id
-from service.uploads import Upload, receive
+from service.uploads import Upload, declared_bytes, receive
 
 router = APIRouter()
 
@@ -73,6 +74,7 @@ _IdempotencyKey = Annotated[
     responses=_ACCEPTED
     | documented(
         "bad_request",
+        "quota_exceeded",
         "job_gone",
         "request_timeout",
         "upload_too_large",
@@ -102,19 +104,26 @@ async def create_job(
     request: Request,
     response: Response,
     services: ServicesDep,
+    client: KeyDep,
     options: Annotated[JobOptions, Query()],
     idempotency_key: _IdempotencyKey = None,
 ) -> Job:
     """Post a video. It is probed before the answer, so what is no video is refused here."""
+    if idempotency_key is not None:
+        check_key(idempotency_key)
+        if client is not None:  # two clients may have chosen the same
+            idempotency_key = f"{client.id} {idempotency_key}"
     if not await _is_used(services, idempotency_key):
         await run_in_threadpool(services.queue.check_room)
+        if client is not None:  # before the body is read; and once more when there is a job to be made of it
+            await run_in_threadpool(_check_quota, services, client, declared_bytes(request))
     upload = await _receive(request, services)
     try:
         chosen = _merge_options(options, upload.fields)
         if idempotency_key is None:
-            record = await _accept(services, upload, chosen)
+            record = await _accept(services, client, upload, chosen)
         else:
-            record, replayed = await _accept_once(services, upload, chosen, idempotency_key)
+            record, replayed = await _accept_once(services, client, upload, chosen, idempotency_key)
             if replayed:
                 response.headers["Idempotency-Replayed"] = "true"
     finally:
@@ -127,10 +136,13 @@ async def create_job(
 
 async def _is_used(services: Services, key: str | None) -> bool:
     """Whether the key may stand for a job, to which the queue's room is of no matter any more."""
-    if key is None:
-        return False
-    check_key(key)
-    return await run_in_threadpool(services.idempotency.is_used, key)
+    return key is not None and await run_in_threadpool(services.idempotency.is_used, key)
+
+
+def _check_quota(services: Services, client: ApiKey, upload_bytes: int) -> None:
+    """Raises: QuotaExceeded."""
+    usage = services.owners.usage(client.id)
+    check_quota(client, usage, services.settings, upload_bytes=upload_bytes)
 
 
 async def _receive(request: Request, services: Services) -> Upload:
@@ -147,7 +159,7 @@ async def _receive(request: Request, services: Services) -> Upload:
 
 
 async def _accept_once(
-    services: Services, upload: Upload, options: JobOptions, key: str
+    services: Services, client: ApiKey | None, upload: Upload, options: JobOptions, key: str
 ) -> tuple[JobRecord, bool]:
     """Returns: The job that the key stands for, and whether it stood for it before."""
     fingerprint = fingerprint_of(upload.sha256, options)
@@ -155,7 +167,7 @@ async def _accept_once(
         record = await run_in_threadpool(_made_before, services.storage, held.claim, fingerprint)
         if record is not None:
             return record, True
-        return await _accept(services, upload, options, key=held), False
+        return await _accept(services, client, upload, options, key=held), False
 
 
 def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> JobRecord | None:
@@ -174,12 +186,34 @@ def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> 
 
 
 async def _accept(
-    services: Services, upload: Upload, options: JobOptions, *, key: HeldKey | None = None
+    services: Services,
+    client: ApiKey | None,
+    upload: Upload,
+    options: JobOptions,
+    *,
+    key: HeldKey | None = None,
 ) -> JobRecord:
     async with services.probing:  # many at once would all take longer than they are allowed
         record = await _probe(upload, options, services.settings)
-    await run_in_threadpool(_enter, services, record, upload, key)
+    if client is None:
+        await run_in_threadpool(_enter, services, record, upload, key)
+    else:
+        await run_in_threadpool(_enter_for, client, services, record, upload, key)
     return record
+
+
+def _enter_for(
+    client: ApiKey, services: Services, record: JobRecord, upload: Upload, key: HeldKey | None
+) -> None:
+    """Make the job of a client, within its quota. Raises: QuotaExceeded; as :func:`_enter`."""
+    with services.owners.locked(client.id):  # by all processes: none counts what another is about to add
+        _check_quota(services, client, upload.bytes)
+        services.owners.enter(client.id, record.id)
+        try:
+            _enter(services, record, upload, key)
+        except BaseException:
+            services.owners.leave(client.id, record.id)
+            raise
 
 
 def _enter(services: Services, record: JobRecord, upload: Upload, key: HeldKey | None) -> None:

@@ -12,7 +12,7 @@ from service.downloads import matches
 from service.errors import JobGone, JobNotFound
 from service.jobs import Job, JobStatus
 from service.problems import documented
-from service.services import ServicesDep
+from service.services import KeyDep, ServicesDep
 
 _POLL_SECONDS = 0.25  # how often a waiting GET looks again
 
@@ -27,15 +27,19 @@ class JobPage(BaseModel):
 @router.get("/jobs", responses=documented("invalid_options", "queue_unavailable"))
 def list_jobs(
     services: ServicesDep,
+    key: KeyDep,
     status: Annotated[JobStatus | None, Query(description="Only jobs in this state.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     cursor: Annotated[
         str | None, Query(description="`next_cursor` of the page before.", max_length=64)
     ] = None,
 ) -> JobPage:
-    """The jobs, the newest first."""
+    """The jobs, the newest first; those of the key, if there are keys."""
+    own = None if key is None else services.owners.jobs(key.id)
     items: list[Job] = []
     for job_id in services.storage.job_ids(before=cursor):
+        if own is not None and job_id not in own:
+            continue
         if len(items) == limit:
             return JobPage(items=items, next_cursor=items[-1].id)
         try:

@@ -1,0 +1,88 @@
+"""The door: who may come in is decided before the first byte of a body is read.
+
+Without keys everybody may, which is why the API then listens on loopback only. With keys, a client sends
+``Authorization: Bearer KEY``, or a browser the same key as the password of HTTP's basic authentication, for
+which it asks by itself.
+"""
+
+import base64
+import binascii
+from collections.abc import Callable
+
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from service.errors import CrossSite, ImcnetError, QueueUnavailable, RateLimited, Unauthorized
+from service.keys import ApiKey, KeyRing
+from service.problems import problem_response
+
+_OPEN = ("/livez", "/readyz")  # of those who watch over the process; they tell nothing of the jobs
+_SAFE_METHODS = ("GET", "HEAD", "OPTIONS")
+# Where a browser says that a request comes from (Fetch Metadata): it would add a password that it knows.
+_FOREIGN = ("cross-site", "same-site")
+_CHALLENGE = 'Bearer realm="imcnet", Basic realm="imcnet", charset="UTF-8"'
+
+
+class Access:
+    """ASGI middleware. The key that was presented is ``request.state.key``; None where there are no keys.
+
+    Args:
+        take_request: Counts a request of a key; returns after how many seconds the key may send another one,
+            or None where this one is within its limit.
+    """
+
+    def __init__(self, app: ASGIApp, *, ring: KeyRing, take_request: Callable[[ApiKey], int | None]) -> None:
+        self._app = app
+        self._ring = ring
+        self._take_request = take_request
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        state = scope.setdefault("state", {})
+        state["key"] = None
+        try:
+            state["key"] = await self._admit(scope)
+        except ImcnetError as refusal:
+            # The body stays where it is, so the connection is of no more use.
+            headers = {"Connection": "close"}
+            if isinstance(refusal, Unauthorized):
+                headers["WWW-Authenticate"] = _CHALLENGE
+            await problem_response(refusal, headers=headers)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    async def _admit(self, scope: Scope) -> ApiKey | None:
+        """Raises: CrossSite, Unauthorized, RateLimited."""
+        headers = Headers(scope=scope)
+        if scope["method"] not in _SAFE_METHODS and headers.get("sec-fetch-site") in _FOREIGN:
+            raise CrossSite
+        if scope["path"] in _OPEN or not await run_in_threadpool(lambda: self._ring.closed):
+            return None
+        key = self._ring.find(_presented(headers.get("authorization", "")))
+        if key is None:
+            raise Unauthorized
+        try:
+            wait = await run_in_threadpool(self._take_request, key)
+        except QueueUnavailable:  # what needs Redis says so itself; the rest works without
+            wait = None
+        if wait is not None:
+            raise RateLimited(wait)
+        return key
+
+
+def _presented(authorization: str) -> str:
+    """The key in an ``Authorization`` header (RFC 6750, RFC 7617), or nothing."""
+    scheme, _, value = authorization.partition(" ")
+    value = value.strip()
+    match scheme.lower():
+        case "bearer":
+            return value
+        case "basic":
+            try:
+                return base64.b64decode(value, validate=True).decode().partition(":")[2]
+            except (binascii.Error, UnicodeDecodeError):
+                return ""
+    return ""
