@@ -1,6 +1,7 @@
 """Who gets in, and whose jobs they see: real API processes on one data directory. No worker runs here."""
 
 import json
+import os
 import socket
 import statistics
 import subprocess
@@ -126,9 +127,7 @@ def test_anothers_job_takes_as_long_as_none(
     assert 0.7 < foreign / unknown < 1.4
 
 
-@pytest.mark.parametrize(
-    "job_id", ["..%2f..%2fkeys", "%2e%2e", "a%00b", "x" * 300, "..", "%2e%2e%2fowners", "é"]
-)
+@pytest.mark.parametrize("job_id", ["..%2f..%2fkeys", "%2e%2e", "a%00b", "x" * 300, "%2e%2e%2fowners", "é"])
 def test_an_id_that_is_none_is_answered_as_an_unknown_one(
     clients: tuple[httpx.Client, httpx.Client], job_id: str
 ) -> None:
@@ -145,7 +144,7 @@ def test_keys_change_for_all_processes_within_seconds(stack: Stack, tmp_path: Pa
 
     def keys(*arguments: str) -> str:
         command = [sys.executable, "-P", "-m", "service.cli", "keys", *arguments]
-        environment = {**stack.environment, "PATH": "/usr/bin:/bin"}
+        environment = {**os.environ, **stack.environment}
         return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
     def statuses(text: str | None) -> list[int]:
