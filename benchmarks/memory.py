@@ -32,7 +32,8 @@ def main() -> None:
             encodes = observed.work.encoded / count
             print(
                 f"{count:6d} frames, {time.perf_counter() - began:4.0f} s: {resident:.0f} MiB resident, "
-                f"at most {observed.work.cached} frames held, {encodes:.3f} encodes a frame"
+                f"at most {observed.work.cached} frames held, {encodes:.3f} encodes a frame",
+                flush=True,
             )
 
 
