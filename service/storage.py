@@ -14,6 +14,8 @@
     tombstones/<id>             the job is gone (answers 410 until it is swept, then 404)
     trash/                      what is being made or deleted
 
+Beside these lie what service.idempotency, service.keys and service.ownership keep.
+
 Every change is one rename or link, so no reader ever sees half of one. What an attempt publishes, it links
 or renames out of its own directory; to end an attempt is to rename that directory. So an attempt that was
 taken for dead and wakes up again can publish nothing, whatever it believes.
