@@ -31,7 +31,7 @@ from service.broker import connect
 from service.errors import ImcnetError, JobNotFound, Misconfigured, QueueUnavailable, StorageUnavailable
 from service.jobs import AttemptEnd, WorkerInfo
 from service.processes import die_with_parent
-from service.queue import QUEUE_NAME, JobQueue
+from service.queue import QUEUE_NAME, TASK, JobQueue
 from service.reconciliation import Reconciliation
 from service.storage import JobStorage
 from worker import tasks
@@ -132,8 +132,12 @@ class GpuWorker(Worker):
                 self._wait_for_redis()
 
     def execute_job(self, job: RqJob, queue: Queue) -> None:
+        job_id = _job_of(job)
+        if job_id is None:
+            logger.error("Delivery %s is none of ours, and is dropped", job.id)
+            self._job_queue.discard(job.id)
+            return
         self._ensure_engine()
-        job_id: str = job.args[0]
         tasks.workplace = tasks.Workplace(
             settings=self._settings,
             promises=self._promises,
@@ -258,6 +262,29 @@ class GpuWorker(Worker):
             load_s=round(ready.load_s, 3),
             model=ready.model,
         )
+
+
+def _job_of(delivery: RqJob) -> str | None:
+    """The job that a delivery of ours is about. RQ would run whatever function one names, and its callbacks.
+
+    Returns:
+        None: It holds anything but our task and the id of a job.
+    """
+    extras = (
+        delivery._success_callback_name,
+        delivery._failure_callback_name,
+        delivery._stopped_callback_name,
+        delivery.webhooks,
+    )
+    try:
+        task, instance = delivery.func_name, delivery.instance
+        args, kwargs = delivery.args, delivery.kwargs
+    except Exception:  # whatever a serializer makes of what somebody has written there
+        return None
+    match args:
+        case [str(job_id)] if task == TASK and instance is None and not kwargs and not any(extras):
+            return job_id
+    return None
 
 
 def _leave(signum: int, frame: FrameType | None) -> None:

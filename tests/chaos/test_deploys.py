@@ -1,6 +1,6 @@
 """A deploy: for a while, processes of two releases work on the same jobs.
 
-Two releases need not make equal bytes of equal masks, so what is right is learned from the worker's own release.
+Two releases need not make equal bytes of equal masks: what is right is learned from the worker's own.
 """
 
 import subprocess
