@@ -112,8 +112,8 @@ def _check_door(settings: ServiceSettings) -> None:
     address = settings.published.rpartition(":")[0] if settings.published else settings.host
     if not _is_loopback(address) and not KeyStore(settings.data_dir / "keys").read():
         raise Misconfigured(
-            f"Without API keys, anyone who reaches {address} could post videos: make a key with "
-            "`imcnet keys create NAME`, or listen on 127.0.0.1."
+            f"Without API keys, anyone who reaches {address or 'this machine'} could post videos: make a key "
+            "with `imcnet keys create NAME`, or listen on 127.0.0.1."
         )
 
 

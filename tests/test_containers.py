@@ -1,0 +1,112 @@
+"""What a container may do, as Dockerfile and compose files have it: asserted for every service there is."""
+
+import re
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import REPOSITORY
+
+COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cpu.yml")
+READ_ONLY_FOLDERS = {"/weights"}
+VOLUMES = {"api": {"/data"}, "worker": {"/data"}, "redis": {"/data"}}
+
+
+def compose(name: str) -> dict[str, Any]:
+    document: dict[str, Any] = yaml.safe_load((REPOSITORY / name).read_text())
+    return document
+
+
+SERVICES = [
+    pytest.param(document["services"][service], document, service, id=f"{name}-{service}")
+    for name in COMPOSE_FILES
+    for document in [compose(name)]
+    for service in document["services"]
+]
+EVERY_SERVICE = pytest.mark.parametrize(("service", "document", "name"), SERVICES)
+
+
+def dockerfile() -> str:
+    return (REPOSITORY / "docker" / "Dockerfile").read_text()
+
+
+def stages() -> dict[str, list[str]]:
+    """The lines of the Dockerfile by stage."""
+    found: dict[str, list[str]] = {}
+    for line in dockerfile().splitlines():
+        if match := re.fullmatch(r"FROM \S+ AS (\S+)", line):
+            found[match[1]] = []
+        elif found:
+            found[list(found)[-1]].append(line)
+    return found
+
+
+@EVERY_SERVICE
+def test_a_service_has_no_more_rights_than_it_needs(
+    service: dict[str, Any], document: dict[str, Any], name: str
+) -> None:
+    assert service["read_only"] is True
+    assert service["cap_drop"] == ["ALL"]
+    assert service["security_opt"] == ["no-new-privileges:true"]
+    more = {"privileged", "cap_add", "devices", "network_mode", "pid", "ipc", "userns_mode"}
+    assert not more & set(service)
+
+
+@EVERY_SERVICE
+def test_a_service_has_limits(service: dict[str, Any], document: dict[str, Any], name: str) -> None:
+    assert service["pids_limit"] <= 4096
+    assert re.fullmatch(r"\$\{[A-Z_]+:-\d+g\}", service["mem_limit"])
+    assert service["ulimits"] == {"nofile": 65536, "core": 0}
+
+
+@EVERY_SERVICE
+def test_a_service_writes_to_its_volume_and_tmpfs_alone(
+    service: dict[str, Any], document: dict[str, Any], name: str
+) -> None:
+    assert service["tmpfs"] == ["/tmp"]
+    writable = {volume.split(":")[-1] for volume in service["volumes"] if not volume.endswith(":ro")}
+    assert writable == VOLUMES[name]
+    read_only = {volume.split(":")[-2] for volume in service["volumes"] if volume.endswith(":ro")}
+    assert read_only <= READ_ONLY_FOLDERS
+
+
+@EVERY_SERVICE
+def test_only_the_api_is_reached_from_outside_and_reaches_out(
+    service: dict[str, Any], document: dict[str, Any], name: str
+) -> None:
+    assert document["networks"]["inside"] == {"internal": True}
+    assert service["networks"] == (["outside", "inside"] if name == "api" else ["inside"])
+    assert ("ports" in service) == (name == "api")
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_the_api_is_published_on_loopback_unless_told_otherwise_and_knows_it(name: str) -> None:
+    api = compose(name)["services"]["api"]
+    assert api["ports"] == ["${IMCNET_PUBLISH:-127.0.0.1:8000}:8000"]
+    assert api["environment"]["IMCNET_PUBLISHED"] == "${IMCNET_PUBLISH:-127.0.0.1:8000}"
+
+
+@EVERY_SERVICE
+def test_no_service_runs_as_root(service: dict[str, Any], document: dict[str, Any], name: str) -> None:
+    if "build" in service:
+        assert "user" not in service
+        assert "USER 10001:10001" in stages()[service["build"]["target"]]
+    else:
+        assert service["user"] == "${REDIS_USER:-999:999}"
+
+
+def test_base_images_are_arguments_that_can_be_pinned() -> None:
+    assert "ARG PYTHON_IMAGE=" in dockerfile()
+    assert re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)[0] == "${PYTHON_IMAGE}"
+    for name in COMPOSE_FILES:
+        services = compose(name)["services"]
+        assert services["api"]["build"]["args"]["PYTHON_IMAGE"].startswith("${PYTHON_IMAGE:-")
+        assert services["redis"]["image"].startswith("${REDIS_IMAGE:-")
+
+
+def test_images_hold_no_more_than_the_installed_packages() -> None:
+    for name in ("api", "worker"):
+        copies = [line for line in stages()[name] if line.startswith(("COPY", "ADD"))]
+        assert len(copies) == 1
+        assert copies[0].endswith("/opt/imcnet /opt/imcnet")
