@@ -4,7 +4,7 @@ Frames are counted as they are decoded; what the container says of their number 
 only to notice that some are missing.
 """
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain
@@ -103,7 +103,7 @@ class VideoReader:
     ) -> None:
         self._stack.close()
 
-    def frames_from(self, first: int) -> Iterator[VideoFrame]:
+    def frames_from(self, first: int) -> Generator[VideoFrame, None, None]:
         """Decode frame after frame, and yield those from ordinal ``first`` on; the others are only inspected.
 
         Raises:

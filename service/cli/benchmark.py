@@ -221,7 +221,8 @@ def _whole_job(
         tempfile.TemporaryFile() as file,
         zipfile.ZipFile(file, "w") as archive,
         _reader(source, settings) as reader,
-        closing(read_ahead(_timed(islice(reader, frames), decoding), limit=_AHEAD)) as decoded,
+        closing(reader.frames_from(0)) as wanted,  # not in the thread below, when the file is closed already
+        closing(read_ahead(_timed(islice(wanted, frames), decoding), limit=_AHEAD)) as decoded,
         WriteBehind(limit=_AHEAD) as behind,
     ):
         images = (frame.image for frame in decoded)
