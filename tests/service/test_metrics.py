@@ -18,10 +18,13 @@ from prometheus_client.parser import text_string_to_metric_families
 from redis import Redis
 
 from service import problems, routes, tally
+from service.access import Access
 from service.broker import connect
 from service.idempotency import IdempotencyKeys
 from service.jobs import AttemptEnd, JobRecord, JobStatus, ModelInfo, Outcome, Progress, WorkerInfo, utc_now
+from service.keys import KeyRing, KeyStore
 from service.metrics import Metrics, RequestMetrics
+from service.ownership import Ownership
 from service.queue import JobQueue
 from service.services import Services
 from service.settings import ServiceSettings
@@ -59,15 +62,19 @@ Samples = dict[tuple[str, frozenset[tuple[str, str]]], float]
 def application(connection: Redis, storage: JobStorage) -> FastAPI:
     queue = JobQueue(connection)
     metrics = Metrics(storage, queue, Tally(connection))
+    ring = KeyRing(KeyStore(storage.root / "keys"))
     app = FastAPI()
     app.state.services = Services(
         settings=ServiceSettings(data_dir=storage.root, disk_reserve_bytes=0),
         storage=storage,
         queue=queue,
         idempotency=IdempotencyKeys(storage.root / "idempotency"),
+        keys=ring,
+        owners=Ownership(storage),
         probing=asyncio.Semaphore(1),
     )
     app.state.metrics = metrics
+    app.add_middleware(Access, ring=ring, take_request=lambda key: None)
     app.add_middleware(RequestMetrics, metrics=metrics)
     problems.install(app)
     app.include_router(routes.router)
