@@ -5,6 +5,7 @@ import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import psutil
 
@@ -48,6 +49,12 @@ def stopped(*processes: psutil.Process | None) -> Iterator[None]:
     finally:
         for process in processes:
             _signal(process, signal.SIGCONT)
+
+
+def peak_bytes(process: psutil.Process) -> int:
+    """The most address space that a process has had (``VmPeak`` of ``proc(5)``): starting takes some too."""
+    status = Path(f"/proc/{process.pid}/status").read_text()
+    return int(status.split("VmPeak:")[1].split()[0]) * 1024
 
 
 def starve(*processes: psutil.Process, limit_bytes: int) -> None:

@@ -36,5 +36,5 @@ def test_every_size_is_one_that_the_network_takes(input_size: int) -> None:
 
 
 def test_another_quality_is_refused_with_those_there_are() -> None:
-    with pytest.raises(ValueError, match="quality must be one of exact, multi_scale, got 'best'"):
+    with pytest.raises(ValueError, match="quality must be one of fast, exact, multi_scale, got 'best'"):
         views_of(cast("Quality", "best"), 480)
