@@ -104,7 +104,7 @@ def describe_video(path: Path, limits: MediaLimits) -> VideoInfo:
         UnusableVideo: The file is none that the service takes.
     """
     with open_video(path, limits, thread_count=1) as video:
-        container, stream = video
+        container, stream, _ = video
         duration_seconds = _check_claims(video, limits)
         frame = _first_frame(video, limits)
         width, height = displayed_size(frame)
@@ -161,8 +161,8 @@ def _first_frame(video: OpenVideo, limits: MediaLimits) -> VideoFrame:
             if frames:
                 return frames[0]
     except av.FFmpegError as error:  # the container breaks off
-        raise no_frame(video.stream, limits) from error
-    raise no_frame(video.stream, limits)
+        raise no_frame(video, limits) from error
+    raise no_frame(video, limits)
 
 
 def _limit_resources(memory_bytes: int) -> None:

@@ -88,7 +88,7 @@ class VideoReader:
             decoded = self._decoder.frames()
             first = next(decoded, None)
             if first is None:
-                raise no_frame(video.stream, self._limits)
+                raise no_frame(video, self._limits)
             self.width, self.height = displayed_size(first)
             check_frame_size(self.width, self.height, self._limits)
             self.fps = frame_rate(video.stream)

@@ -53,7 +53,7 @@ class PacketDecoder:
 
     def declared_seconds(self) -> float | None:
         """The duration that the container claims for the video, which for MPEG-TS is what the file holds."""
-        container, stream = self._video
+        container, stream, _ = self._video
         if container.format.name == "avi" and stream.average_rate:
             # FFmpeg shortens the duration by what is missing of an AVI file; the header still tells.
             return float(stream.frames / stream.average_rate)
@@ -86,4 +86,4 @@ class PacketDecoder:
         """Tell a picture that the decoder refuses for its size from damage."""
         context = self._video.stream.codec_context
         if context.width * context.height > self._limits.max_pixels:
-            raise no_frame(self._video.stream, self._limits)
+            raise no_frame(self._video, self._limits)

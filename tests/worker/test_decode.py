@@ -14,6 +14,7 @@ from tests.videos import (
     corners,
     cut,
     damage_packets,
+    growing_video,
     moving_square,
     noise,
     write_video,
@@ -302,35 +303,28 @@ def test_sizes_are_held_against_the_limits(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def growing_video(tmp_path: Path) -> Path:
-    """Five frames of 64×48 pixels, then five of 128×64."""
-    parts = [
-        write_video(tmp_path / f"{size[0]}.ts", moving_square(5, width=size[0], height=size[1]))
-        for size in ((64, 48), (128, 64))
-    ]
-    path = tmp_path / "growing.ts"
-    path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    return path
+def growing(tmp_path: Path) -> Path:
+    return growing_video(tmp_path / "growing.ts")
 
 
-def test_a_change_of_size_keeps_the_first_size_and_is_told(growing_video: Path) -> None:
-    reader, frames = read(growing_video, max_corrupt_fraction=1)
+def test_a_change_of_size_keeps_the_first_size_and_is_told(growing: Path) -> None:
+    reader, frames = read(growing, max_corrupt_fraction=1)
     assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 10
     assert reader.warnings[0].code == "resolution_change"
     assert "64×48 to 128×64 pixels at frame 5" in reader.warnings[0].detail
 
 
-def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing_video: Path) -> None:
-    whole, _ = read(growing_video, max_corrupt_fraction=1)
-    with VideoReader(growing_video, MediaLimits(), max_corrupt_fraction=1) as reader:
+def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing: Path) -> None:
+    whole, _ = read(growing, max_corrupt_fraction=1)
+    with VideoReader(growing, MediaLimits(), max_corrupt_fraction=1) as reader:
         rest = list(reader.frames_from(whole.frames - 1))
     assert len(rest) == 1
     assert rest[0].image.shape == (whole.height, whole.width, 3)
     assert reader.warnings == whole.warnings
 
 
-def test_growing_beyond_the_limit_is_refused(growing_video: Path) -> None:
-    error = refusal(growing_video, max_corrupt_fraction=1, max_pixels=64 * 48)
+def test_growing_beyond_the_limit_is_refused(growing: Path) -> None:
+    error = refusal(growing, max_corrupt_fraction=1, max_pixels=64 * 48)
     assert error.code == "dimensions_exceed_limit"
 
 
