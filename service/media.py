@@ -116,6 +116,10 @@ def no_frame(video: OpenVideo, limits: MediaLimits) -> UnusableVideo:
     return UnusableVideo("No frame of the video can be decoded.", code="undecodable_stream")
 
 
+def out_of_memory() -> UnusableVideo:
+    return UnusableVideo("Reading the video takes too much memory.", code="resource_limit")
+
+
 def frame_rate(stream: VideoStream) -> float | None:
     """Mean frames per second, as the container has it or FFmpeg guesses it."""
     rate = stream.average_rate or stream.guessed_rate
@@ -186,7 +190,7 @@ def _refusal(error: Exception, log: list[str], limits: MediaLimits) -> UnusableV
     if isinstance(error, MemoryError):
         if any("max_streams" in line for line in log):  # a stream too many is "out of memory" in MP4 and AVI
             return _too_many_streams(limits)
-        return UnusableVideo("Reading the file takes too much memory.", code="resource_limit")
+        return out_of_memory()
     if isinstance(error, av.error.ExitError):
         return UnusableVideo("Reading the file takes too long.", code="resource_limit")
     return UnusableVideo("The file is not a video, or its structure is damaged.", code="not_a_video")

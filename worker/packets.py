@@ -24,7 +24,9 @@ def ends_early(declared_seconds: float, reached_seconds: float, *, frames: int) 
 class PacketDecoder:
     """Packets → decoded frames, leaving out what cannot be decoded.
 
-    ``packets`` and ``damaged`` count packets; ``broke_off``: the container could not be read to its end.
+    ``packets`` and ``damaged`` count packets; ``broke_off``: the container could not be read to its end;
+    ``out_of_memory``: reading or decoding would have taken more memory than the process may have. A damaged
+    packet may ask for any amount, so that alone is no reason to give up. Some decoders call it damage.
     """
 
     def __init__(self, video: OpenVideo, limits: MediaLimits) -> None:
@@ -35,14 +37,16 @@ class PacketDecoder:
         self.packets = 0
         self.damaged = 0
         self.broke_off = False
+        self.out_of_memory = False
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """Raises: UnusableVideo: ``dimensions_exceed_limit``."""
         try:
             for packet in self._video.container.demux(self._video.stream):
                 yield from self._decode(packet)
-        except av.FFmpegError:
+        except av.FFmpegError as error:
             self.broke_off = True
+            self.out_of_memory |= isinstance(error, MemoryError)
 
     def seconds(self, pts: int | None) -> float | None:
         time_base = self._video.stream.time_base
@@ -74,8 +78,9 @@ class PacketDecoder:
         self.packets += bool(packet.size)
         try:
             frames = packet.decode()
-        except av.FFmpegError:  # "out of memory" among them: a damaged packet may ask for any amount
+        except av.FFmpegError as error:
             self._check_size()
+            self.out_of_memory |= isinstance(error, MemoryError)
             # A recording that starts between two key frames is not damaged for that.
             self.damaged += self._key_seen
             return []

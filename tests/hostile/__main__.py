@@ -1,4 +1,4 @@
-"""``python -m tests.hostile``: post the corpus to a private API; print a Markdown table of what came of it."""
+"""Post the corpus to a private API, and print what came of it as Markdown: ``python -m tests.hostile``."""
 
 import argparse
 import sys

@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from service.errors import UnusableVideo
 from service.media import MediaLimits
+from tests.conftest import REPOSITORY
 from tests.videos import (
     CLIPS,
     CORNERS,
@@ -333,3 +336,37 @@ def test_a_reader_that_is_left_early_closes_its_file(long_video: Path) -> None:
         next(iter(reader))
         assert str(long_video) in {file.path for file in psutil.Process().open_files()}
     assert str(long_video) not in {file.path for file in psutil.Process().open_files()}
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def read_within(path: Path, extra_bytes: int) -> str:
+    """What a process that may take so much more memory says of a video: its frames, or why it is refused."""
+    program = f"""if True:
+        import re
+        import resource
+        from pathlib import Path
+        from service.errors import UnusableVideo
+        from service.media import MediaLimits
+        from service.processes import limit_resources
+        from worker.decode import VideoReader
+
+        taken = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        limit_resources({{resource.RLIMIT_DATA: taken + {extra_bytes}}})
+        try:
+            with VideoReader(Path({str(path)!r}), MediaLimits(), max_corrupt_fraction=0.05) as reader:
+                print(sum(1 for _ in reader))
+        except UnusableVideo as error:
+            print(error.code)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_a_video_that_takes_too_much_memory_is_refused_for_that(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_square(3, width=3840, height=2160))
+    assert read_within(video, 80 * 2**20) == "resource_limit"
+    assert read_within(video, 2**30) == "3"
