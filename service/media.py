@@ -40,10 +40,11 @@ class MediaLimits:
 
 
 class OpenVideo(NamedTuple):
-    """An open file and the stream in it that is the video."""
+    """An open file, the stream in it that is the video, and the width and height found in opening it."""
 
     container: InputContainer
     stream: VideoStream
+    announced_size: tuple[int, int]
 
 
 @contextmanager
@@ -63,13 +64,14 @@ def open_video(path: Path, limits: MediaLimits, *, thread_count: int) -> Iterato
         if len(container.streams) > limits.max_streams:
             raise _too_many_streams(limits)
         stream = _video_stream(container)
+        announced_size = stream.codec_context.width, stream.codec_context.height
         # What av.open got held for its own probing only; the decoder that is opened next starts afresh.
         stream.codec_context.options = {**stream.codec_context.options, **_codec_options(limits)}
         # Slices only: a decoder with frame threads reports the errors of other packets or of none, and loses
         # up to a frame per thread at the end, so that the frames would depend on the number of cores.
         stream.codec_context.thread_type = "SLICE"
         stream.codec_context.thread_count = thread_count
-        yield OpenVideo(container, stream)
+        yield OpenVideo(container, stream, announced_size)
 
 
 def clockwise_rotation(frame: VideoFrame) -> Rotation:
@@ -101,15 +103,21 @@ def check_frame_size(width: int, height: int, limits: MediaLimits) -> None:
         )
 
 
-def no_frame(stream: VideoStream, limits: MediaLimits) -> UnusableVideo:
-    """Why a stream gave no frame: the decoder refuses what is too large, or there was nothing to decode."""
-    width, height = stream.codec_context.width, stream.codec_context.height
+def no_frame(video: OpenVideo, limits: MediaLimits) -> UnusableVideo:
+    """Why a video gave no frame: the decoder refuses what is too large, or there was nothing to decode."""
+    width, height = video.stream.codec_context.width, video.stream.codec_context.height
+    if not width:  # a decoder that refuses to open for the size forgets it
+        width, height = video.announced_size
     if width * height > limits.max_pixels:
         return UnusableVideo(
             f"The picture has {width}×{height} pixels; at most {limits.max_pixels} in all are allowed.",
             code="dimensions_exceed_limit",
         )
     return UnusableVideo("No frame of the video can be decoded.", code="undecodable_stream")
+
+
+def out_of_memory() -> UnusableVideo:
+    return UnusableVideo("Reading the video takes too much memory.", code="resource_limit")
 
 
 def frame_rate(stream: VideoStream) -> float | None:
@@ -182,7 +190,7 @@ def _refusal(error: Exception, log: list[str], limits: MediaLimits) -> UnusableV
     if isinstance(error, MemoryError):
         if any("max_streams" in line for line in log):  # a stream too many is "out of memory" in MP4 and AVI
             return _too_many_streams(limits)
-        return UnusableVideo("Reading the file takes too much memory.", code="resource_limit")
+        return out_of_memory()
     if isinstance(error, av.error.ExitError):
         return UnusableVideo("Reading the file takes too long.", code="resource_limit")
     return UnusableVideo("The file is not a video, or its structure is damaged.", code="not_a_video")

@@ -29,8 +29,10 @@ from service.media import (
     frame_rate,
     no_frame,
     open_video,
+    out_of_memory,
     stream_duration_seconds,
 )
+from service.processes import limit_resources
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ def describe_video(path: Path, limits: MediaLimits) -> VideoInfo:
         UnusableVideo: The file is none that the service takes.
     """
     with open_video(path, limits, thread_count=1) as video:
-        container, stream = video
+        container, stream, _ = video
         duration_seconds = _check_claims(video, limits)
         frame = _first_frame(video, limits)
         width, height = displayed_size(frame)
@@ -153,39 +155,33 @@ def _first_frame(video: OpenVideo, limits: MediaLimits) -> VideoFrame:
             try:
                 frames = packet.decode()
             except MemoryError as error:
-                raise UnusableVideo(
-                    "Decoding the video takes too much memory.", code="resource_limit"
-                ) from error
+                raise out_of_memory() from error
             except av.FFmpegError:
                 continue  # damaged, or in need of a key frame that is still to come
             if frames:
                 return frames[0]
     except av.FFmpegError as error:  # the container breaks off
-        raise no_frame(video.stream, limits) from error
-    raise no_frame(video.stream, limits)
-
-
-def _limit_resources(memory_bytes: int) -> None:
-    for kind, value in (
-        (resource.RLIMIT_AS, memory_bytes),
-        (resource.RLIMIT_CPU, CPU_SECONDS),
-        (resource.RLIMIT_NOFILE, OPEN_FILES),
-        (resource.RLIMIT_CORE, 0),
-    ):
-        _, hard = resource.getrlimit(kind)
-        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
-        resource.setrlimit(kind, (allowed, allowed))
+        raise no_frame(video, limits) from error
+    raise no_frame(video, limits)
 
 
 def main(path: str, limits: str, memory_bytes: str) -> None:
     """The child: describe the file in one line of JSON."""
-    _limit_resources(int(memory_bytes))
+    limit_resources(
+        {
+            resource.RLIMIT_AS: int(memory_bytes),
+            resource.RLIMIT_CPU: CPU_SECONDS,
+            resource.RLIMIT_NOFILE: OPEN_FILES,
+            resource.RLIMIT_CORE: 0,
+        }
+    )
     try:
         reply = _Reply(video=describe_video(Path(path), MediaLimits(**json.loads(limits))))
     except UnusableVideo as error:
         reply = _Reply(code=error.code, detail=error.detail)
     except MemoryError:
-        reply = _Reply(code="resource_limit", detail="Reading the file takes too much memory.")
+        refusal = out_of_memory()
+        reply = _Reply(code=refusal.code, detail=refusal.detail)
     sys.stdout.write(reply.model_dump_json() + "\n")
 
 

@@ -1,10 +1,11 @@
-"""Child processes that cannot outlive the one that started them. Linux only; never imports torch."""
+"""Child processes that end with their parent and keep within limits. Linux only; never imports torch."""
 
 import ctypes
 import os
+import resource
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 _PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
@@ -40,6 +41,14 @@ def tethered(command: Sequence[str]) -> list[str]:
     """
     # -P: a folder named `service` in the working directory must not be taken for this package.
     return [sys.executable, "-P", "-m", "service.processes", str(os.getpid()), *command]
+
+
+def limit_resources(limits: Mapping[int, int]) -> None:
+    """Limit what this process may use, for good: values by ``RLIMIT_…``. What is lower already stays so."""
+    for kind, value in limits.items():
+        _, hard = resource.getrlimit(kind)
+        allowed = value if hard == resource.RLIM_INFINITY else min(value, hard)
+        resource.setrlimit(kind, (allowed, allowed))
 
 
 def _exec_tethered(parent_pid: str, *command: str) -> None:

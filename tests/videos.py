@@ -119,6 +119,16 @@ def write_video(
     return path
 
 
+def growing_video(path: Path, *, frames: int = 5) -> Path:
+    """So many frames of 64×48 pixels, then as many of 128×64, as a transport stream."""
+    data = b""
+    for width, height in ((64, 48), (128, 64)):
+        write_video(path, moving_square(frames, width=width, height=height), container_format="mpegts")
+        data += path.read_bytes()
+    path.write_bytes(data)
+    return path
+
+
 def cut(path: Path, fraction: float) -> Path:
     """Keep the first part of a file only."""
     data = path.read_bytes()

@@ -27,6 +27,7 @@ from service.media import (
     frame_rate,
     no_frame,
     open_video,
+    out_of_memory,
 )
 from worker.packets import PacketDecoder, ends_early
 
@@ -79,7 +80,7 @@ class VideoReader:
 
         Raises:
             UnusableVideo: As :func:`service.media.open_video`; or ``undecodable_stream``,
-                ``dimensions_below_limit``, ``dimensions_exceed_limit``.
+                ``dimensions_below_limit``, ``dimensions_exceed_limit``, ``resource_limit``.
             OSError: The file is not there or cannot be read.
         """
         with ExitStack() as stack:
@@ -88,7 +89,7 @@ class VideoReader:
             decoded = self._decoder.frames()
             first = next(decoded, None)
             if first is None:
-                raise no_frame(video.stream, self._limits)
+                raise out_of_memory() if self._decoder.out_of_memory else no_frame(video, self._limits)
             self.width, self.height = displayed_size(first)
             check_frame_size(self.width, self.height, self._limits)
             self.fps = frame_rate(video.stream)
@@ -108,7 +109,9 @@ class VideoReader:
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
-                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``undecodable_stream``.
+                ``dimensions_exceed_limit``, ``dimensions_below_limit``, ``undecodable_stream``,
+                ``resource_limit``.
+            MemoryError: Not the decoder's, but ours: there is none left for a frame.
         """
         for frame in self._decoded:
             if self.frames == self._limits.max_frames:
@@ -129,25 +132,32 @@ class VideoReader:
         return self.frames_from(0)
 
     def _check_complete(self) -> None:
-        """Raises: UnusableVideo: ``truncated_input``."""
+        """Raises: UnusableVideo: ``truncated_input``, ``resource_limit``."""
         declared, reached = self._decoder.declared_seconds(), self._decoder.reached_seconds()
         cut = declared is not None and ends_early(declared, reached, frames=self.frames)
         if self._decoder.broke_off or cut:
+            self._check_memory()
             until = "" if declared is None else f", at {reached:.1f} s of {declared:.1f} s"
             raise UnusableVideo(
                 f"The video breaks off after {self.frames} frames{until}.", code="truncated_input"
             )
 
     def _check_damage(self) -> None:
-        """Raises: UnusableVideo: ``corrupt_input``."""
+        """Raises: UnusableVideo: ``corrupt_input``, ``resource_limit``."""
         damaged, packets = self._decoder.damaged, self._decoder.packets
         counts = f"{damaged} of the video's {packets} packets are damaged"
         if damaged > packets * self._max_corrupt_fraction:
+            self._check_memory()
             raise UnusableVideo(
                 f"{counts}; at most {self._max_corrupt_fraction:.1%} may be.", code="corrupt_input"
             )
         if damaged:
             self._warn("damaged_frames", f"{counts}; {self.frames} frames could be decoded.")
+
+    def _check_memory(self) -> None:
+        """Raises: UnusableVideo: ``resource_limit``: what looks like damage may be for want of memory."""
+        if self._decoder.out_of_memory:
+            raise out_of_memory()
 
     def _check_count(self) -> None:
         claimed = self._decoder.claimed_frames()
@@ -187,6 +197,8 @@ class VideoReader:
                 height=self.width if sideways else self.height,
                 format="rgb24",
             )
+        except (MemoryError, BlockingIOError) as error:  # the latter: no room for a thread's stack
+            raise out_of_memory() from error
         except av.FFmpegError as error:
             raise UnusableVideo(
                 "The video's colour format cannot be converted to RGB.", code="undecodable_stream"

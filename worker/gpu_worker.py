@@ -8,6 +8,7 @@ dead worker has left by reconciliation.
 
 import logging
 import os
+import resource
 import signal
 import socket
 import time
@@ -30,7 +31,7 @@ from rq.utils import now
 from service.broker import connect
 from service.errors import ImcnetError, JobNotFound, Misconfigured, QueueUnavailable, StorageUnavailable
 from service.jobs import AttemptEnd, WorkerInfo
-from service.processes import die_with_parent
+from service.processes import die_with_parent, limit_resources
 from service.queue import QUEUE_NAME, TASK, JobQueue
 from service.reconciliation import Reconciliation
 from service.storage import JobStorage
@@ -41,6 +42,7 @@ from worker.settings import WorkerSettings
 logger = logging.getLogger(__name__)
 
 _REDIS_RETRY_SECONDS = 1.0
+_HORSE_OPEN_FILES = 256
 
 
 def run(settings: WorkerSettings) -> int:
@@ -242,6 +244,14 @@ class GpuWorker(Worker):
     def setup_work_horse_signals(self) -> None:
         super().setup_work_horse_signals()
         die_with_parent(self.pid)  # without its worker nobody would renew its lease
+        limit_resources(
+            {
+                # Not RLIMIT_AS: of that, threads reserve far more than they use, by the number of cores.
+                resource.RLIMIT_DATA: self._settings.decode_memory_bytes,
+                resource.RLIMIT_NOFILE: _HORSE_OPEN_FILES,
+                resource.RLIMIT_CORE: 0,
+            }
+        )
         signal.signal(signal.SIGTERM, _give_the_job_back)
         if self.told_to_stop:  # before the fork, or since then, when the worker's handler was still in place
             tasks.preempted.set()

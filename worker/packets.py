@@ -24,7 +24,9 @@ def ends_early(declared_seconds: float, reached_seconds: float, *, frames: int) 
 class PacketDecoder:
     """Packets → decoded frames, leaving out what cannot be decoded.
 
-    ``packets`` and ``damaged`` count packets; ``broke_off``: the container could not be read to its end.
+    ``packets`` and ``damaged`` count packets; ``broke_off``: the container could not be read to its end;
+    ``out_of_memory``: reading or decoding would have taken more memory than the process may have. A damaged
+    packet may ask for any amount, so that alone is no reason to give up. Some decoders call it damage.
     """
 
     def __init__(self, video: OpenVideo, limits: MediaLimits) -> None:
@@ -35,14 +37,16 @@ class PacketDecoder:
         self.packets = 0
         self.damaged = 0
         self.broke_off = False
+        self.out_of_memory = False
 
     def frames(self) -> Iterator[av.VideoFrame]:
         """Raises: UnusableVideo: ``dimensions_exceed_limit``."""
         try:
             for packet in self._video.container.demux(self._video.stream):
                 yield from self._decode(packet)
-        except av.FFmpegError:
+        except av.FFmpegError as error:
             self.broke_off = True
+            self.out_of_memory |= isinstance(error, MemoryError)
 
     def seconds(self, pts: int | None) -> float | None:
         time_base = self._video.stream.time_base
@@ -53,7 +57,7 @@ class PacketDecoder:
 
     def declared_seconds(self) -> float | None:
         """The duration that the container claims for the video, which for MPEG-TS is what the file holds."""
-        container, stream = self._video
+        container, stream, _ = self._video
         if container.format.name == "avi" and stream.average_rate:
             # FFmpeg shortens the duration by what is missing of an AVI file; the header still tells.
             return float(stream.frames / stream.average_rate)
@@ -74,8 +78,9 @@ class PacketDecoder:
         self.packets += bool(packet.size)
         try:
             frames = packet.decode()
-        except av.FFmpegError:  # "out of memory" among them: a damaged packet may ask for any amount
+        except av.FFmpegError as error:
             self._check_size()
+            self.out_of_memory |= isinstance(error, MemoryError)
             # A recording that starts between two key frames is not damaged for that.
             self.damaged += self._key_seen
             return []
@@ -86,4 +91,4 @@ class PacketDecoder:
         """Tell a picture that the decoder refuses for its size from damage."""
         context = self._video.stream.codec_context
         if context.width * context.height > self._limits.max_pixels:
-            raise no_frame(self._video.stream, self._limits)
+            raise no_frame(self._video, self._limits)

@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from service.settings import SharedSettings
+from service.settings import GIB, SharedSettings
 
 
 class WorkerSettings(SharedSettings):
@@ -39,6 +39,11 @@ class WorkerSettings(SharedSettings):
         default=900,
         description="Time limit for getting what computes a job's quality ready: building and checking "
         "graphs, once for a weights file.",
+    )
+    decode_memory_bytes: PositiveInt = Field(
+        default=4 * GIB,
+        description="Memory that decoding a job's video and writing its artifacts may take; a job that wants "
+        "more fails.",
     )
     span_frames: PositiveInt = Field(
         default=256,

@@ -33,6 +33,7 @@ from service.jobs import (
     Progress,
     utc_now,
 )
+from service.media import out_of_memory
 from service.reconciliation import Reconciliation
 from service.tally import FRAMES_SEGMENTED, job_finished, stage_seconds
 from worker.decode import VideoReader
@@ -169,6 +170,8 @@ def _run(attempt: Attempt, record: JobRecord, at: Workplace) -> Outcome:
     except JobTimeoutException as error:
         limit = at.settings.job_timeout_seconds
         raise JobTimedOut(f"The job took longer than the {limit} s that it is allowed.") from error
+    except MemoryError as error:  # the horse's limit, which is there for videos
+        raise out_of_memory() from error
     except OSError as error:
         if not storage.lives(attempt):
             raise _Superseded from error  # what the attempt had open was taken away

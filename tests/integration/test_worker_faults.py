@@ -183,3 +183,13 @@ def test_a_dead_workers_job_is_finished_by_another(stack: Stack, video: Path) ->
     stack.start_worker()
     job = stack.ended(job_id, within_seconds=90)
     assert (job["status"], job["attempt"]) == ("succeeded", 2)
+
+
+def test_a_video_that_takes_too_much_memory_fails_its_job_at_once(stack: Stack, tmp_path: Path) -> None:
+    stack.start_api()
+    stack.start_worker(decode_memory_bytes=250 * 2**20)
+    large = write_video(tmp_path / "large.mp4", moving_square(3, width=3840, height=2160))
+    job = stack.ended(stack.post(large)["id"])
+    assert (job["status"], job["error"]["code"], job["attempt"]) == ("failed", "resource_limit", 1)
+    small = write_video(tmp_path / "small.mp4", moving_square(3))
+    assert stack.ended(stack.post(small)["id"])["status"] == "succeeded"

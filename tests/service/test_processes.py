@@ -35,3 +35,13 @@ def test_a_tethered_command_keeps_its_arguments_and_its_exit_code() -> None:
     command = tethered(["sh", "-c", 'echo "$1"; exit 7', "sh", "two words"])
     result = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (result.stdout, result.returncode) == ("two words\n", 7)
+
+
+def test_limits_are_lowered_for_good_and_never_raised() -> None:
+    program = (
+        "import resource; from service.processes import limit_resources\n"
+        "for value in (64, 32, 128): limit_resources({resource.RLIMIT_NOFILE: value})\n"
+        "print(*resource.getrlimit(resource.RLIMIT_NOFILE))"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert run.stdout.split() == ["32", "32"]

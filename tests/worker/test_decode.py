@@ -1,3 +1,5 @@
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -6,6 +8,7 @@ import pytest
 
 from service.errors import UnusableVideo
 from service.media import MediaLimits
+from tests.conftest import REPOSITORY
 from tests.videos import (
     CLIPS,
     CORNERS,
@@ -14,6 +17,7 @@ from tests.videos import (
     corners,
     cut,
     damage_packets,
+    growing_video,
     moving_square,
     noise,
     write_video,
@@ -302,35 +306,28 @@ def test_sizes_are_held_against_the_limits(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def growing_video(tmp_path: Path) -> Path:
-    """Five frames of 64×48 pixels, then five of 128×64."""
-    parts = [
-        write_video(tmp_path / f"{size[0]}.ts", moving_square(5, width=size[0], height=size[1]))
-        for size in ((64, 48), (128, 64))
-    ]
-    path = tmp_path / "growing.ts"
-    path.write_bytes(b"".join(part.read_bytes() for part in parts))
-    return path
+def growing(tmp_path: Path) -> Path:
+    return growing_video(tmp_path / "growing.ts")
 
 
-def test_a_change_of_size_keeps_the_first_size_and_is_told(growing_video: Path) -> None:
-    reader, frames = read(growing_video, max_corrupt_fraction=1)
+def test_a_change_of_size_keeps_the_first_size_and_is_told(growing: Path) -> None:
+    reader, frames = read(growing, max_corrupt_fraction=1)
     assert [frame.image.shape for frame in frames] == [(48, 64, 3)] * 10
     assert reader.warnings[0].code == "resolution_change"
     assert "64×48 to 128×64 pixels at frame 5" in reader.warnings[0].detail
 
 
-def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing_video: Path) -> None:
-    whole, _ = read(growing_video, max_corrupt_fraction=1)
-    with VideoReader(growing_video, MediaLimits(), max_corrupt_fraction=1) as reader:
+def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing: Path) -> None:
+    whole, _ = read(growing, max_corrupt_fraction=1)
+    with VideoReader(growing, MediaLimits(), max_corrupt_fraction=1) as reader:
         rest = list(reader.frames_from(whole.frames - 1))
     assert len(rest) == 1
     assert rest[0].image.shape == (whole.height, whole.width, 3)
     assert reader.warnings == whole.warnings
 
 
-def test_growing_beyond_the_limit_is_refused(growing_video: Path) -> None:
-    error = refusal(growing_video, max_corrupt_fraction=1, max_pixels=64 * 48)
+def test_growing_beyond_the_limit_is_refused(growing: Path) -> None:
+    error = refusal(growing, max_corrupt_fraction=1, max_pixels=64 * 48)
     assert error.code == "dimensions_exceed_limit"
 
 
@@ -339,3 +336,37 @@ def test_a_reader_that_is_left_early_closes_its_file(long_video: Path) -> None:
         next(iter(reader))
         assert str(long_video) in {file.path for file in psutil.Process().open_files()}
     assert str(long_video) not in {file.path for file in psutil.Process().open_files()}
+
+
+# -- memory ----------------------------------------------------------------------------------------------
+
+
+def read_within(path: Path, extra_bytes: int) -> str:
+    """What a process that may take so much more memory says of a video: its frames, or why it is refused."""
+    program = f"""if True:
+        import re
+        import resource
+        from pathlib import Path
+        from service.errors import UnusableVideo
+        from service.media import MediaLimits
+        from service.processes import limit_resources
+        from worker.decode import VideoReader
+
+        taken = 1024 * int(re.search(r"VmData:\\s+(\\d+)", Path("/proc/self/status").read_text())[1])
+        limit_resources({{resource.RLIMIT_DATA: taken + {extra_bytes}}})
+        try:
+            with VideoReader(Path({str(path)!r}), MediaLimits(), max_corrupt_fraction=0.05) as reader:
+                print(sum(1 for _ in reader))
+        except UnusableVideo as error:
+            print(error.code)
+    """
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    return run.stdout.strip()
+
+
+def test_a_video_that_takes_too_much_memory_is_refused_for_that(tmp_path: Path) -> None:
+    video = write_video(tmp_path / "v.mp4", moving_square(3, width=3840, height=2160))
+    assert read_within(video, 80 * 2**20) == "resource_limit"
+    assert read_within(video, 2**30) == "3"
