@@ -22,8 +22,8 @@ FRAMES = 240
 JOB_SECONDS = 12
 STALL_SECONDS = 2
 LATE_SECONDS = 10
-# More than one engine may reserve and another not (glibc's arenas take 64 MiB of addresses at a time), and less
-# than half of what the four frames of the large video take.
+# More than one engine may reserve and another not (glibc's arenas take 64 MiB of addresses at a time), and
+# less than half of what the four frames of the large video take.
 SPARE_BYTES = 192 * 2**20
 ATTEMPTS = 3
 LARGE = 7680, 4320
@@ -31,7 +31,8 @@ LARGE = 7680, 4320
 
 @pytest.fixture(scope="module")
 def rig(make_rig: Callable[..., Rig]) -> Rig:
-    rig = make_rig(job_timeout_seconds=JOB_SECONDS, max_attempts=ATTEMPTS, max_pixels=LARGE[0] * LARGE[1])
+    width, height = LARGE
+    rig = make_rig(job_timeout_seconds=JOB_SECONDS, max_attempts=ATTEMPTS, max_pixels=width * height)
     rig.start_api()
     return rig
 

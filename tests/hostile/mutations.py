@@ -66,7 +66,7 @@ def _move_a_chunk(data: bytearray, chance: random.Random) -> None:
 
 
 def _edit_a_size(data: bytearray, chance: random.Random) -> None:
-    """Overwrite a length where boxes and chunks have theirs: beside a name of four letters, if there is one."""
+    """Overwrite a length where boxes and chunks have theirs: beside a name of four letters, if any."""
     names = [at for at in range(4, len(data) - 8) if data[at : at + 4].isalpha()]
     at = chance.choice(names) - 4 if names else chance.randrange(len(data) - 4)
     at += chance.choice((0, 8))  # MP4 has the length before the name, RIFF behind it

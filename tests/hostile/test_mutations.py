@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import logging
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ from service.errors import PROBLEMS, UnusableVideo
 from service.media import MediaLimits
 from service.probe import probe_video
 from tests.conftest import REPOSITORY
+from tests.hostile.conftest import DEFAULT_MUTATIONS
 from tests.hostile.mutations import mutated, write_originals
 
 pytestmark = pytest.mark.mutations
@@ -109,19 +111,41 @@ async def try_all(originals: dict[str, bytes], directory: Path, seed: int, count
     return tally
 
 
-def try_mutations(originals: dict[str, bytes], directory: Path, config: pytest.Config, share: float) -> None:
-    count = round(share * config.getoption("mutations"))
-    tally = asyncio.run(try_all(originals, directory, config.getoption("mutations_seed"), count))
-    peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
-    sys.stdout.write(f"{count} mutations: largest child {peak_bytes / 2**20:.0f} MiB, {tally}\n")
-    assert tally.answers.total() == count
+@dataclass(frozen=True)
+class Trial:
+    """A share of the mutations that were asked for."""
+
+    directory: Path
+    config: pytest.Config
+    log: pytest.LogCaptureFixture
+
+    def try_mutations(self, originals: dict[str, bytes], share: float) -> None:
+        count = round(share * self.config.getoption("mutations", DEFAULT_MUTATIONS))
+        seed = self.config.getoption("mutations_seed", 1)
+        before = _peak_of_children()
+        tally = asyncio.run(try_all(originals, self.directory, seed, count))
+        peak_bytes = _peak_of_children()
+        sys.stdout.write(f"{count} mutations: largest child {peak_bytes / 2**20:.0f} MiB, {tally}\n")
+        assert tally.answers.total() == count
+        assert peak_bytes < PROBE_BYTES or peak_bytes == before  # or of another test's child
+        assert not self.log.messages  # where a probe that died without a word would be told of
 
 
-def test_mutated_videos_get_an_answer(tmp_path: Path, pytestconfig: pytest.Config) -> None:
-    try_mutations(write_originals(tmp_path), tmp_path, pytestconfig, 0.75)
+def _peak_of_children() -> int:
+    """Resident bytes of the largest child that this process has had so far."""
+    return 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+@pytest.fixture
+def trial(tmp_path: Path, pytestconfig: pytest.Config, caplog: pytest.LogCaptureFixture) -> Trial:
+    caplog.set_level(logging.WARNING, logger="service")
+    return Trial(tmp_path, pytestconfig, caplog)
+
+
+def test_mutated_videos_get_an_answer(tmp_path: Path, trial: Trial) -> None:
+    trial.try_mutations(write_originals(tmp_path), 0.75)
 
 
 @pytest.mark.data
-def test_mutated_clips_get_an_answer(tmp_path: Path, data_dir: Path, pytestconfig: pytest.Config) -> None:
-    originals = {name: (data_dir / "clips" / name).read_bytes() for name in DATA_CLIPS}
-    try_mutations(originals, tmp_path, pytestconfig, 0.25)
+def test_mutated_clips_get_an_answer(data_dir: Path, trial: Trial) -> None:
+    trial.try_mutations({name: (data_dir / "clips" / name).read_bytes() for name in DATA_CLIPS}, 0.25)
