@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Annotated, Literal, Self
+from urllib.parse import quote, urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -35,6 +36,9 @@ class SharedSettings(BaseSettings):
         validation_alias=AliasChoices("IMCNET_REDIS_URL", "REDIS_URL"),
         description="Redis of the queue. `imcnet up` starts one of its own where none is given.",
     )
+    redis_password_file: Path | None = Field(
+        default=None, description="File with the password of the user whom the URL of Redis names."
+    )
     redis_timeout_seconds: PositiveFloat = Field(
         default=1.0, description="How long the API waits for Redis before it answers 503."
     )
@@ -65,6 +69,12 @@ class SharedSettings(BaseSettings):
     )
 
     @model_validator(mode="after")
+    def _know_whose_password_it_is(self) -> Self:
+        if self.redis_password_file is not None and self.redis_url is None:
+            raise ValueError("IMCNET_REDIS_PASSWORD_FILE needs an IMCNET_REDIS_URL that names its user")
+        return self
+
+    @model_validator(mode="after")
     def _reconcile_often_enough(self) -> Self:
         # A gap of half a lease is taken for an outage of Redis, after which nobody's lease is called lost.
         if self.reconcile_seconds > self.lease_seconds / 4:
@@ -75,14 +85,27 @@ class SharedSettings(BaseSettings):
         """The Redis that is configured, else the private one of an `imcnet up` with the same data directory.
 
         Raises:
-            Misconfigured: There is neither.
+            Misconfigured: There is neither, or the password's file cannot be read.
         """
-        url = self.redis_url or url_of_running(self.data_dir / PRIVATE_REDIS)
+        if self.redis_url is not None:
+            return self._with_password(self.redis_url)
+        url = url_of_running(self.data_dir / PRIVATE_REDIS)
         if url is None:
             raise Misconfigured(
                 f"No Redis is configured, and no `imcnet up` runs in {self.data_dir}: set IMCNET_REDIS_URL."
             )
         return url
+
+    def _with_password(self, url: str) -> str:
+        if self.redis_password_file is None:
+            return url
+        try:
+            password = self.redis_password_file.read_text().strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise Misconfigured(f"{self.redis_password_file}, Redis' password, cannot be read.") from error
+        parts = urlsplit(url)
+        user, _, server = parts.netloc.rpartition("@")
+        return parts._replace(netloc=f"{user.partition(':')[0]}:{quote(password, safe='')}@{server}").geturl()
 
     @property
     def media_limits(self) -> MediaLimits:

@@ -9,8 +9,13 @@ import yaml
 from tests.conftest import REPOSITORY
 
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cpu.yml")
-READ_ONLY_FOLDERS = {"/weights"}
-VOLUMES = {"api": {"/data"}, "worker": {"/data"}, "redis": {"/data"}}
+READ_ONLY_FOLDERS = {"/weights", "/run/secrets"}
+VOLUMES = {
+    "api": {"/data"},
+    "worker": {"/data"},
+    "redis": {"/data"},
+    "secrets": {"/secrets/api", "/secrets/worker", "/secrets/redis"},
+}
 
 
 def compose(name: str) -> dict[str, Any]:
@@ -94,6 +99,29 @@ def test_no_service_runs_as_root(service: dict[str, Any], document: dict[str, An
         assert "USER 10001:10001" in stages()[service["build"]["target"]]
     else:
         assert service["user"] == "${REDIS_USER:-999:999}"
+
+
+@EVERY_SERVICE
+def test_secrets_are_files_and_each_service_sees_its_own(
+    service: dict[str, Any], document: dict[str, Any], name: str
+) -> None:
+    told = service.get("environment", {})
+    assert not [key for key in told if re.search("PASSWORD|SECRET|TOKEN", key) and not key.endswith("_FILE")]
+    if name != "secrets":
+        seen = [volume for volume in service["volumes"] if "secrets" in volume]
+        assert seen == [f"{name}-secrets:/run/secrets:ro"]
+
+
+@pytest.mark.parametrize("name", COMPOSE_FILES)
+def test_redis_lets_in_those_it_knows_and_they_say_who_they_are(name: str) -> None:
+    services = compose(name)["services"]
+    command = services["redis"]["command"]
+    assert command[command.index("--aclfile") + 1] == "/run/secrets/users.acl"
+    assert services["secrets"]["command"] == ["imcnet", "redis-users", "/secrets"]
+    for user in ("api", "worker"):
+        told = services[user]["environment"]
+        assert told["IMCNET_REDIS_URL"] == f"redis://{user}@redis:6379/0"
+        assert told["IMCNET_REDIS_PASSWORD_FILE"] == "/run/secrets/redis-password"
 
 
 def test_base_images_are_arguments_that_can_be_pinned() -> None:

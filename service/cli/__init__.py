@@ -21,6 +21,7 @@ from service.cli import (
     jobs,
     keys,
     pretrain,
+    redis_users,
     segment,
     serve,
     train,
@@ -43,6 +44,7 @@ app.command("check")(check.check)
 app.command("doctor")(doctor.doctor)
 app.add_typer(jobs.app, name="jobs")
 app.add_typer(keys.app, name="keys")
+app.command("redis-users")(redis_users.redis_users)
 app.command("segment")(segment.segment)
 app.command("evaluate")(evaluate.evaluate)
 app.command("train")(train.train)

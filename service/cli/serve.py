@@ -125,20 +125,25 @@ def _is_loopback(address: str) -> bool:
 
 
 def check_redis(url: str, *, timeout_seconds: float) -> None:
-    """Make sure that there is a Redis. The messages hold no password.
+    """Make sure that there is a Redis that lets us in. The messages hold no password.
 
     Raises:
-        Misconfigured: ``url`` is no address of a Redis.
+        Misconfigured: ``url`` is no address of a Redis, or its user or password is refused.
         QueueUnavailable: Nothing answers there.
     """
     from service.broker import connect
 
     client = connect(url, timeout_seconds=timeout_seconds)
     try:
-        client.ping()
+        client.exists("imcnet:storage")  # a ping is for everybody
     except redis.RedisError as error:
         parts = urlsplit(url)
         where = parts.path if parts.scheme == "unix" else f"{parts.hostname}:{parts.port or 6379}"
+        if isinstance(error, redis.AuthenticationError | redis.exceptions.NoPermissionError):
+            raise Misconfigured(
+                f"The Redis at {where} refuses the user or the password: see IMCNET_REDIS_URL and "
+                "IMCNET_REDIS_PASSWORD_FILE."
+            ) from error
         raise QueueUnavailable(f"Redis cannot be reached at {where}; is it running?") from error
     finally:
         client.close()

@@ -43,7 +43,7 @@ def up(
     require_weights(read_settings(WorkerSettings, weights=weights, device=device))
     configure_logging(settings.log_level, settings.log_format)
     if settings.redis_url is not None:
-        check_redis(settings.redis_url, timeout_seconds=settings.redis_timeout_seconds)
+        check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
     api = Api(settings.host, settings.port or free_port(settings.host))
     worker = imcnet_command("worker", *worker_arguments(device=device, weights=weights))
     with contextlib.ExitStack() as stack:
