@@ -1,6 +1,8 @@
 """A Redis that knows its users: they can do all that the service needs, and nothing that opens a way in."""
 
-import asyncio
+import select
+import socket
+import socketserver
 import ssl
 import subprocess
 import threading
@@ -8,7 +10,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from queue import Queue
 
 import pytest
 import redis.exceptions
@@ -114,7 +115,7 @@ FORBIDDEN: tuple[tuple[str, ...], ...] = (
     ("FLUSHDB",),
     ("SHUTDOWN", "NOSAVE"),
     ("SAVE",),
-    ("DEBUG", "SLEEP", "0"),
+    ("SLAVEOF", "127.0.0.1", "1"),
     ("KEYS", "*"),
     ("MONITOR",),
     ("REPLICAOF", "127.0.0.1", "1"),
@@ -174,55 +175,33 @@ def test_a_wrong_or_missing_password_is_said_at_once_and_not_shown(
 @contextmanager
 def tls_in_front_of(target: Path, context: ssl.SSLContext) -> Iterator[int]:
     """The port on loopback at which TLS ends; what comes goes on to a unix socket."""
-    ports: Queue[int] = Queue()
-    loop = asyncio.new_event_loop()
 
-    async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
+    class End(socketserver.BaseRequestHandler):
+        def handle(self) -> None:
+            with (
+                suppress(OSError),  # a client that does not trust us goes away
+                context.wrap_socket(self.request, server_side=True) as outer,
+                socket.socket(socket.AF_UNIX) as inner,
+            ):
+                inner.connect(str(target))
+                carry(outer, inner)
 
-    async def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        inner_reader, inner_writer = await asyncio.open_unix_connection(target)
-        ways = [
-            asyncio.create_task(carry(reader, inner_writer)),
-            asyncio.create_task(carry(inner_reader, writer)),
-        ]
-        try:
-            await asyncio.wait(ways, return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for way in ways:
-                way.cancel()
-            await asyncio.gather(*ways, return_exceptions=True)
-            writer.transport.abort()
-            inner_writer.transport.abort()
+    def carry(outer: socket.socket, inner: socket.socket) -> None:
+        other = {outer: inner, inner: outer}
+        while True:
+            for source in select.select([outer, inner], [], [])[0]:
+                data = source.recv(65536)
+                if not data:
+                    return
+                other[source].sendall(data)
 
-    async def serve() -> None:
-        server = await asyncio.start_server(connected, "127.0.0.1", 0, ssl=context)
-        ports.put(server.sockets[0].getsockname()[1])
-        try:
-            await server.serve_forever()
-        finally:
-            clients = asyncio.all_tasks() - {asyncio.current_task()}
-            for client in clients:
-                client.cancel()
-            await asyncio.gather(*clients, return_exceptions=True)
-
-    loop.set_exception_handler(lambda *_: None)  # a client that does not trust us goes away
-    serving = loop.create_task(serve())
-
-    def run() -> None:
-        with suppress(asyncio.CancelledError):
-            loop.run_until_complete(serving)
-
-    thread = threading.Thread(target=run)
-    thread.start()
-    try:
-        yield ports.get(timeout=10)
-    finally:
-        loop.call_soon_threadsafe(serving.cancel)
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), End) as server:
+        server.daemon_threads, server.block_on_close = True, False
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_address[1]
+        server.shutdown()
         thread.join()
-        loop.close()
 
 
 @pytest.fixture
