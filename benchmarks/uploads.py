@@ -1,9 +1,9 @@
 """The API under parallel uploads: ``python benchmarks/uploads.py --clients 8 --megabytes 256``.
 
 Starts a Redis and an API of its own, sends bodies from as many clients at once, and asks for a job's status
-all the while. Prints the peak of the API's memory (its RSS, and that of its probes apart), the throughput,
-and the latency of the status requests beside that of the idle API, as a ratio. The bodies are an MP4 with
-padding, so that they pass the probe.
+all the while: in turns without keys, with a key, and, with ``--against FOLDER``, with the release that is
+checked out there. Prints medians of the rounds, and the ratio to the first line within each round. The bodies
+are an MP4 with padding, so that they pass the probe.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass
 from pathlib import Path
 
 import av
@@ -24,49 +25,115 @@ import psutil
 
 from service.cli.up import free_port
 from service.embedded import EmbeddedRedis
+from service.keys import KeyLimits, KeyStore
 from service.processes import tethered
 
+HERE = Path(__file__).resolve().parent.parent
 CHUNK_BYTES = 2**20
+IDLE_SECONDS = 3
+COLUMNS = (
+    "MiB/s",
+    "API, peak MiB",
+    "probes, peak MiB",
+    "status idle, median ms",
+    "status busy, median ms",
+    "status busy, worst ms",
+)
+SETTINGS = {
+    "IMCNET_LOG_LEVEL": "WARNING",
+    "IMCNET_DISK_RESERVE_BYTES": "0",
+    "IMCNET_KEY_REQUESTS_PER_MINUTE": "1000000",
+    "IMCNET_KEY_ACTIVE_JOBS": "100000",
+    "IMCNET_KEY_QUEUED_BYTES": str(2**50),
+    "IMCNET_KEY_STORED_BYTES": str(2**50),
+}
+
+
+@dataclass(frozen=True)
+class Figures:
+    """In the order and the units of ``COLUMNS``."""
+
+    throughput: float
+    api: float
+    probes: float
+    idle: float
+    busy: float
+    worst: float
+
+
+@dataclass(frozen=True)
+class Variant:
+    label: str
+    folder: Path
+    keyed: bool = False
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--megabytes", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--against", type=Path, help="a checkout of another release")
     given = parser.parse_args()
+    variants = [Variant("without keys", HERE), Variant("with a key", HERE, keyed=True)]
+    if given.against:
+        variants.insert(0, Variant("the other release", given.against.resolve()))
+    rounds = []
+    for number in range(given.rounds):
+        rounds.append([measured(variant, given) for variant in variants])
+        print(f"round {number + 1} of {given.rounds} is over", file=sys.stderr)
+    print(f"{given.clients} uploads of {given.megabytes} MiB at once, medians of {given.rounds} rounds\n")
+    print(f"| | {' | '.join(COLUMNS)} |\n| --- |{' --: |' * len(COLUMNS)}")
+    for index, variant in enumerate(variants):
+        cells = []
+        for column in range(len(COLUMNS)):
+            figures = [astuple(of[index])[column] for of in rounds]
+            ratio = statistics.median(astuple(of[index])[column] / astuple(of[0])[column] for of in rounds)
+            cells.append(f"{statistics.median(figures):.1f}" + (f" (× {ratio:.2f})" if index else ""))
+        print(f"| {variant.label} | {' | '.join(cells)} |")
+
+
+def measured(variant: Variant, given: argparse.Namespace) -> Figures:
     with tempfile.TemporaryDirectory() as name, EmbeddedRedis(Path(name) / "redis") as redis:
-        port = free_port()
+        data_dir, port = Path(name) / "data", free_port()
+        headers = {"content-type": "video/mp4"}
+        if variant.keyed:
+            headers["authorization"] = (
+                f"Bearer {KeyStore(data_dir / 'keys').create('benchmark', KeyLimits())[1]}"
+            )
         environment = {
             **os.environ,
+            **SETTINGS,
             "IMCNET_REDIS_URL": redis.url,
-            "IMCNET_DATA_DIR": f"{name}/data",
-            "IMCNET_DISK_RESERVE_BYTES": "0",
+            "IMCNET_DATA_DIR": str(data_dir),
         }
         command = [sys.executable, "-m", "service.cli", "serve", "--port", str(port)]
-        with subprocess.Popen(tethered(command), env=environment, stdout=subprocess.DEVNULL) as api:
+        with subprocess.Popen(
+            tethered(command), env=environment, cwd=variant.folder, stdout=subprocess.DEVNULL
+        ) as api:
             try:
-                run(f"http://127.0.0.1:{port}", api.pid, small_video(Path(name)), given)
+                return run(f"http://127.0.0.1:{port}", api.pid, small_video(Path(name)), headers, given)
             finally:
                 api.terminate()
 
 
-def run(url: str, pid: int, video: bytes, given: argparse.Namespace) -> None:
+def run(url: str, pid: int, video: bytes, headers: dict[str, str], given: argparse.Namespace) -> Figures:
     wait_for(url)
-    answer = httpx.post(f"{url}/jobs", content=video, headers={"content-type": "video/mp4"})
+    answer = httpx.post(f"{url}/jobs", content=video, headers=headers).raise_for_status()
     status_url = url + answer.headers["location"]
-    idle = Latency(status_url)
+    idle = Latency(status_url, headers)
     with idle:
-        time.sleep(3)
+        time.sleep(IDLE_SECONDS)
     size = given.megabytes * 2**20
-    results: list[int] = []
+    statuses: list[int] = []
 
     def upload() -> None:
-        headers = {"content-type": "video/mp4", "content-length": str(size)}
-        answer = httpx.post(f"{url}/jobs", content=body(video, size), headers=headers, timeout=600)
-        results.append(answer.status_code)
+        sized = {**headers, "content-length": str(size)}
+        answer = httpx.post(f"{url}/jobs", content=body(video, size), headers=sized, timeout=600)
+        statuses.append(answer.status_code)
 
     threads = [threading.Thread(target=upload) for _ in range(given.clients)]
-    busy, memory = Latency(status_url), PeakMemory(pid)
+    busy, memory = Latency(status_url, headers), PeakMemory(pid)
     began = time.monotonic()
     with busy, memory:
         for thread in threads:
@@ -74,15 +141,16 @@ def run(url: str, pid: int, video: bytes, given: argparse.Namespace) -> None:
         for thread in threads:
             thread.join()
     seconds = time.monotonic() - began
-    print(f"{given.clients} uploads of {given.megabytes} MiB: answers {sorted(results)}")
-    print(f"throughput            {given.clients * given.megabytes / seconds:.0f} MiB/s")
-    print(
-        f"peak RSS of the API   {memory.api / 2**20:.0f} MiB, {memory.api / memory.before:.2f} × that before"
+    if statuses != [202] * given.clients:
+        raise SystemExit(f"not every upload was accepted: {sorted(statuses)}")
+    return Figures(
+        throughput=given.clients * given.megabytes / seconds,
+        api=memory.api / 2**20,
+        probes=memory.probes / 2**20,
+        idle=1000 * statistics.median(idle.seconds),
+        busy=1000 * statistics.median(busy.seconds),
+        worst=1000 * max(busy.seconds),
     )
-    print(f"peak RSS of probes    {memory.probes / 2**20:.0f} MiB together")
-    for label, of in (("median", statistics.median), ("maximum", max)):
-        a, b = of(idle.seconds), of(busy.seconds)
-        print(f"status, {label:8}      {a * 1000:.1f} ms idle, {b * 1000:.1f} ms busy: × {b / a:.1f}")
 
 
 class PeakMemory:
@@ -90,7 +158,7 @@ class PeakMemory:
 
     def __init__(self, pid: int) -> None:
         self._process = psutil.Process(pid)
-        self.before = self.api = self._process.memory_info().rss
+        self.api = self._process.memory_info().rss
         self.probes = 0
         self._sampler = Repeatedly(self._sample)
 
@@ -114,10 +182,10 @@ class PeakMemory:
 class Latency:
     """Asks for a job's status again and again for as long as the context lasts."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
         self.seconds: list[float] = []
         self._url = url
-        self._client = httpx.Client(timeout=60)
+        self._client = httpx.Client(timeout=60, headers=headers)
         self._asker = Repeatedly(self._ask)
 
     def __enter__(self) -> None:

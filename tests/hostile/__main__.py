@@ -12,6 +12,12 @@ from tests.hostile.corpus import MADE, real_clips
 from worker.decode import VideoReader
 
 HEAD = """\
+# What hostile and odd inputs get
+
+Each was posted to an API with the default limits, one after another, and what was accepted was then
+decoded as a job does it. s: from the post to the answer; probe, API: peak of resident memory meanwhile.
+Made by `python -m tests.hostile --clips FOLDER > docs/hostile-inputs.md`.
+
 | input | bytes | status | code | in the job | s | probe, MiB | API, MiB |
 | --- | --: | --: | --- | --- | --: | --: | --: |
 """
@@ -23,7 +29,7 @@ def main() -> None:
     given = parser.parse_args()
     entries = MADE + (real_clips(given.clips) if given.clips else ())
     sys.stdout.write(HEAD)
-    with tempfile.TemporaryDirectory() as name, private_api(Path(name)) as api:
+    with tempfile.TemporaryDirectory() as name, private_api(Path(name), silent=True) as api:
         video = Path(name) / "upload"
         for entry in entries:
             entry.build(video)

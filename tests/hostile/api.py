@@ -5,7 +5,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +100,13 @@ def _peak_bytes(pid: int) -> int:
 
 
 @contextmanager
-def private_api(directory: Path, **settings: object) -> Iterator[Api]:
-    """Start both, with settings by name; end both."""
-    with pytest.MonkeyPatch.context() as patch, EmbeddedRedis(directory / "redis") as redis:
+def private_api(directory: Path, *, silent: bool = False, **settings: object) -> Iterator[Api]:
+    """Start both, with settings by name; end both. ``silent``: what they print goes to a file."""
+    with (
+        ExitStack() as resources,
+        pytest.MonkeyPatch.context() as patch,
+        EmbeddedRedis(directory / "redis") as redis,
+    ):
         for name in [*os.environ]:
             if name.startswith("IMCNET_") and name != "IMCNET_TEST_DATA":
                 patch.delenv(name)
@@ -113,6 +117,8 @@ def private_api(directory: Path, **settings: object) -> Iterator[Api]:
             "IMCNET_MAX_QUEUED_JOBS": "1000",
         }
         stack = Stack(directory=directory, environment=environment)
+        if silent:
+            stack.output = resources.enter_context(open(directory / "output", "wb"))
         try:
             process = stack.start_api(**settings)
             api = Api(stack, process.pid)
