@@ -6,6 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
+# What looks after the supply chain, apart from what the tests run with.
+TOOLS := .venv-tools
+LOCKS := api worker build
+lock_api := pyproject.toml
+lock_worker := --extra worker --extra cpu pyproject.toml
+lock_build := requirements/build.in
+
 # What the demo shows unless told: a real clip where the development data is at hand, else a scene that it renders.
 IMCNET_TEST_DATA ?= ../shared/data
 CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout.mp4),"$(clip)" --truth "$(clip:.mp4=.masks.zip)")
@@ -14,7 +21,7 @@ CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout
 JOBS ?= 1000
 SEED ?= 1
 
-.PHONY: help demo up test chaos soak lint format clean
+.PHONY: help demo up test chaos soak lint format lock audit sbom clean
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -43,12 +50,32 @@ format: $(INSTALLED) ## format the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
+lock: $(INSTALLED) $(TOOLS)/.installed ## lock what the images install: the versions that the tests run with, and hashes
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable >build/tested.txt
+	$(foreach name,$(LOCKS),$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --constraint build/tested.txt \
+		$(lock_$(name)) --output-file requirements/$(name).txt &&) true
+
+audit: $(TOOLS)/.installed ## look for known vulnerabilities in what is locked; needs the internet
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+
+sbom: $(TOOLS)/.installed ## list what each image installs, as CycloneDX JSON in dist/
+	mkdir -p dist
+	$(foreach name,api worker,$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
+		--output-file dist/sbom-$(name).cdx.json requirements/$(name).txt &&) true
+
 clean: ## remove caches, builds and the demo's results, not the virtual environment
 	rm -rf build dist demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
 	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+$(TOOLS)/.installed:
+	$(PYTHON) -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet --disable-pip-version-check 'uv>=0.9' 'pip-audit>=2.9' 'cyclonedx-bom>=7'
 	@touch $@
 
 $(BIN)/python:
