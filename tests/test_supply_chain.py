@@ -1,4 +1,4 @@
-"""What the images download is locked: every package by version and hash, the tools that watch over it strict."""
+"""What the images download is locked: each package by version and hash, watched over by strict tools."""
 
 import re
 import tomllib
