@@ -13,7 +13,14 @@ from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from service.errors import CrossSite, ImcnetError, QueueUnavailable, RateLimited, Unauthorized
+from service.errors import (
+    CrossSite,
+    ImcnetError,
+    InvalidRequest,
+    QueueUnavailable,
+    RateLimited,
+    Unauthorized,
+)
 from service.keys import ApiKey, KeyRing
 from service.problems import problem_response
 
@@ -28,12 +35,22 @@ class Access:
     """ASGI middleware. The key that was presented is ``request.state.key``; None where there are no keys.
 
     Args:
+        max_header_bytes: Of all headers together. The server knows the same limit, but looks only at heads
+            that come in pieces.
         take_request: Counts a request of a key; returns after how many seconds the key may send another one,
             or None where this one is within its limit.
     """
 
-    def __init__(self, app: ASGIApp, *, ring: KeyRing, take_request: Callable[[ApiKey], int | None]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        ring: KeyRing,
+        max_header_bytes: int,
+        take_request: Callable[[ApiKey], int | None],
+    ) -> None:
         self._app = app
+        self._max_header_bytes = max_header_bytes
         self._ring = ring
         self._take_request = take_request
 
@@ -55,7 +72,10 @@ class Access:
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> ApiKey | None:
-        """Raises: CrossSite, Unauthorized, RateLimited."""
+        """Raises: InvalidRequest: ``headers_too_large``. CrossSite, Unauthorized, RateLimited."""
+        if sum(len(name) + len(value) for name, value in scope["headers"]) > self._max_header_bytes:
+            detail = f"The headers have more than {self._max_header_bytes} bytes."
+            raise InvalidRequest(detail, code="headers_too_large")
         headers = Headers(scope=scope)
         if scope["method"] not in _SAFE_METHODS and headers.get("sec-fetch-site") in _FOREIGN:
             raise CrossSite

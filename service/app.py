@@ -60,7 +60,9 @@ def create_app(settings: ServiceSettings) -> FastAPI:
     app.state.services = services
     app.state.metrics = Metrics(services.storage, services.queue, services.queue.tally)
     rate = RequestRate(services.queue.connection, per_minute=settings.key_requests_per_minute)
-    app.add_middleware(Access, ring=services.keys, take_request=rate.take)
+    app.add_middleware(
+        Access, ring=services.keys, max_header_bytes=settings.max_header_bytes, take_request=rate.take
+    )
     app.add_middleware(RequestMetrics, metrics=app.state.metrics)
     problems.install(app)
     app.include_router(routes.router)

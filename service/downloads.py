@@ -36,11 +36,7 @@ class ArtifactResponse(FileResponse):
             stat_result=os.fstat(file.fileno()),
             media_type=artifact.media_type,
             filename=artifact.name,
-            headers={
-                "ETag": self._etag,
-                "X-Content-Type-Options": "nosniff",
-                "Cache-Control": "private, no-cache",
-            },
+            headers={"ETag": self._etag, "Cache-Control": "private, no-cache"},
         )
         self._unchanged = if_none_match is not None and matches(if_none_match, self._etag)
 

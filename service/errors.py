@@ -24,6 +24,9 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
         "not_found": ProblemType(HTTPStatus.NOT_FOUND, "There is nothing here"),
         "method_not_allowed": ProblemType(HTTPStatus.METHOD_NOT_ALLOWED, "Method not allowed"),
         "unauthorized": ProblemType(HTTPStatus.UNAUTHORIZED, "A valid API key is needed"),
+        "headers_too_large": ProblemType(
+            HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's headers are too large"
+        ),
         "cross_site": ProblemType(HTTPStatus.FORBIDDEN, "Another site's page has sent the request"),
         "rate_limited": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests"),
         "quota_exceeded": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "The key's quota is used up"),

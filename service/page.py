@@ -12,8 +12,6 @@ _HEADERS = {
         "media-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'"
     ),
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",  # an upgrade must not leave an old script with a new page
 }
 

@@ -140,6 +140,13 @@ class ServiceSettings(SharedSettings):
     max_form_field_bytes: PositiveInt = Field(
         default=64 * 1024, description="Largest option field of a form."
     )
+    max_header_bytes: PositiveInt = Field(
+        default=16 * 1024, description="Longest head of a request: its line and headers."
+    )
+    header_seconds: PositiveFloat = Field(
+        default=30, description="A connection on which no request arrives for this long is closed."
+    )
+    upload_max_seconds: PositiveFloat = Field(default=7200, description="Longest upload, however fast it is.")
     upload_idle_seconds: PositiveFloat = Field(
         default=30, description="An upload that sends nothing for this long is dropped."
     )

@@ -13,7 +13,7 @@ from collections.abc import AsyncGenerator, Callable
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 from python_multipart.multipart import parse_options_header
 from starlette.requests import Request
@@ -47,6 +47,7 @@ async def receive(
     *,
     max_upload_bytes: int,
     max_form_field_bytes: int,
+    max_seconds: float,
     idle_seconds: float,
     min_bytes_per_second: int,
     disk_reserve_bytes: int,
@@ -59,6 +60,7 @@ async def receive(
     Args:
         path: Where there is no file yet.
         max_upload_bytes: Of the whole body.
+        max_seconds: From the first byte of the body to the last.
         idle_seconds: Longest wait for more of the body.
         min_bytes_per_second: What a client has to reach that has let us wait for ``idle_seconds`` in all.
         disk_reserve_bytes: To be left free on the disk, beside twice the declared size.
@@ -76,7 +78,8 @@ async def receive(
     async with AsyncExitStack() as on_failure:
         on_failure.push_async_callback(_in_thread, file.discard)
         await _in_thread(file.open, 2 * declared)
-        async with aclosing(_read(request, max_upload_bytes, idle_seconds, min_bytes_per_second)) as chunks:
+        pace = _Pace(max_seconds, idle_seconds, min_bytes_per_second)
+        async with aclosing(_read(request, max_upload_bytes, pace)) as chunks:
             async for chunk in chunks:
                 body.feed(chunk)
                 if len(body.video) >= _BATCH_BYTES:
@@ -105,16 +108,23 @@ def _body_of(request: Request, max_form_field_bytes: int) -> RawBody:
     )
 
 
-async def _read(
-    request: Request, max_bytes: int, idle_seconds: float, min_bytes_per_second: int
-) -> AsyncGenerator[bytes, None]:
+class _Pace(NamedTuple):
+    """How long a body may take."""
+
+    max_seconds: float
+    idle_seconds: float
+    min_bytes_per_second: int
+
+
+async def _read(request: Request, max_bytes: int, pace: _Pace) -> AsyncGenerator[bytes, None]:
     clock = asyncio.get_running_loop().time
     received_bytes, waited_seconds = 0, 0.0
+    ends = clock() + pace.max_seconds
     async with aclosing(request.stream()) as stream:
         while True:
             asked = clock()
             try:
-                async with asyncio.timeout(idle_seconds):
+                async with asyncio.timeout_at(min(asked + pace.idle_seconds, ends)):
                     chunk = await anext(stream)
             except TimeoutError as error:
                 raise _too_slow() from error
@@ -124,7 +134,8 @@ async def _read(
             waited_seconds += clock() - asked
             if received_bytes > max_bytes:
                 raise _too_large(max_bytes)
-            if waited_seconds > idle_seconds and received_bytes < waited_seconds * min_bytes_per_second:
+            slow = received_bytes < waited_seconds * pace.min_bytes_per_second
+            if (slow and waited_seconds > pace.idle_seconds) or clock() > ends:
                 raise _too_slow()
             yield chunk
 

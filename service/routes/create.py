@@ -152,6 +152,7 @@ async def _receive(request: Request, services: Services) -> Upload:
         services.storage.new_upload(),
         max_upload_bytes=settings.max_upload_bytes,
         max_form_field_bytes=settings.max_form_field_bytes,
+        max_seconds=settings.upload_max_seconds,
         idle_seconds=settings.upload_idle_seconds,
         min_bytes_per_second=settings.upload_min_bytes_per_second,
         disk_reserve_bytes=settings.disk_reserve_bytes,

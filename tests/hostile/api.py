@@ -43,11 +43,19 @@ class Api:
     def resident_bytes(self) -> int:
         return int(self._process.memory_info().rss)
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most that has been resident since :meth:`forget_the_peak`."""
+        return _peak_bytes(self._process.pid)
+
+    def forget_the_peak(self) -> None:
+        Path(f"/proc/{self._process.pid}/clear_refs").write_text("5")
+
     def is_alive(self) -> bool:
         return self._process.is_running() and self._client.get("/livez").status_code == 200
 
     def post(self, video: Path, *, filename: str = "upload") -> Answer:
-        (Path("/proc") / str(self._process.pid) / "clear_refs").write_text("5")  # forget the peak so far
+        self.forget_the_peak()
         began = time.monotonic()
         with _PeakOfChildren(self._process) as probe, open(video, "rb") as file:
             answer = self._client.post("/jobs", files={"video": (filename, file)})
@@ -60,7 +68,7 @@ class Api:
             job_id=body.get("id"),
             seconds=seconds,
             probe_bytes=probe.bytes,
-            api_bytes=_peak_bytes(self._process.pid),
+            api_bytes=self.peak_bytes,
         )
 
     def close(self) -> None:

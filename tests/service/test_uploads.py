@@ -9,7 +9,7 @@ import threading
 import time
 import tracemalloc
 from collections.abc import Iterator, MutableMapping
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from queue import Queue
 from typing import Any
@@ -43,6 +43,7 @@ class Server:
             "max_upload_bytes": 64 * MIB,
             "max_form_field_bytes": 1000,
             "idle_seconds": 10.0,
+            "max_seconds": 7200,
             "min_bytes_per_second": 64 * 1024,
             "disk_reserve_bytes": 0,
             **limits,
@@ -282,14 +283,20 @@ def test_a_client_that_falls_silent_is_told_so(tmp_path: Path, content_type: str
         assert server.left == []
 
 
-def test_a_client_that_drips_is_told_so(tmp_path: Path) -> None:
-    with serving(tmp_path, idle_seconds=0.5) as server, server.connect() as connection:
-        connection.sendall(head(f"Content-Length: {MIB}"))
+@pytest.mark.parametrize(
+    ("limits", "drop"),
+    [({"idle_seconds": 0.5}, 1), ({"max_seconds": 0.5}, 1), ({"max_seconds": 0.5}, MIB // 8)],
+    ids=["too slow", "too slow for the time it has", "fast, and without an end"],
+)
+def test_a_client_that_takes_too_long_is_told_so(tmp_path: Path, limits: dict[str, float], drop: int) -> None:
+    with serving(tmp_path, **limits) as server, server.connect() as connection:
+        connection.sendall(head(f"Content-Length: {64 * MIB}"))
         ended = threading.Event()
 
         def drip() -> None:
-            while not ended.wait(0.05):
-                connection.send(b"x")
+            with suppress(ConnectionError):  # what was sent after the answer
+                while not ended.wait(0.05):
+                    connection.send(bytes(drop))
 
         dripping = threading.Thread(target=drip)
         dripping.start()
@@ -383,6 +390,7 @@ async def _receive(directory: Path, body: Any) -> Upload:
         max_upload_bytes=2**40,
         max_form_field_bytes=1000,
         idle_seconds=10,
+        max_seconds=7200,
         min_bytes_per_second=64 * 1024,
         disk_reserve_bytes=0,
     )
