@@ -21,7 +21,7 @@ CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout
 JOBS ?= 1000
 SEED ?= 1
 
-.PHONY: help demo up test chaos soak lint format lock audit sbom clean
+.PHONY: help demo up test chaos soak lint format lock audit sbom clean build/tested.txt
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -50,24 +50,32 @@ format: $(INSTALLED) ## format the sources
 	$(BIN)/ruff check --fix
 	$(BIN)/ruff format
 
-lock: $(INSTALLED) $(TOOLS)/.installed ## lock what the images install: the versions that the tests run with, and hashes
-	mkdir -p build
-	$(BIN)/python -m pip freeze --exclude-editable >build/tested.txt
-	$(foreach name,$(LOCKS),$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
-		--no-emit-index-url --no-annotate --custom-compile-command "make lock" --constraint build/tested.txt \
-		$(lock_$(name)) --output-file requirements/$(name).txt &&) true
+# Forgets what is locked for what the tests run with, so that no image holds versions that were never tried.
+UPGRADED := $(if $(UPGRADE),--upgrade --constraint build/tested.txt)
 
+lock: $(TOOLS)/.installed $(if $(UPGRADE),build/tested.txt) ## lock what the images install (UPGRADE=1: anew, as the tests run with it)
+	$(foreach name,$(LOCKS),$(TOOLS)/bin/uv pip compile --quiet --universal --python-version 3.11 \
+		--fork-strategy fewest --generate-hashes --no-emit-index-url --no-annotate --custom-compile-command "make lock" \
+		$(UPGRADED) $(lock_$(name)) --output-file requirements/$(name).txt &&) true
+
+build/tested.txt: $(INSTALLED)
+	mkdir -p build
+	$(BIN)/python -m pip freeze --exclude-editable >$@
+
+# Without the conditions behind a `;`: pip-audit leaves out, without a word, what this very machine would not install.
 audit: $(TOOLS)/.installed ## look for known vulnerabilities in what is locked; needs the internet
-	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes $(LOCKS:%=--requirement requirements/%.txt)
+	mkdir -p build
+	sed 's/ ; .*\\$$/ \\/' $(LOCKS:%=requirements/%.txt) >build/audited.txt
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes --requirement build/audited.txt
 
 sbom: $(TOOLS)/.installed ## list what each image installs, as CycloneDX JSON in dist/
 	mkdir -p dist
 	$(foreach name,api worker,$(TOOLS)/bin/cyclonedx-py requirements --pyproject pyproject.toml --output-reproducible \
 		--output-file dist/sbom-$(name).cdx.json requirements/$(name).txt &&) true
 
-clean: ## remove caches, builds and the demo's results, not the virtual environment
+clean: ## remove caches, builds and the demo's results, not the virtual environments
 	rm -rf build dist demo *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache .schemathesis
-	find . -path ./$(VENV) -prune -o -type d -name __pycache__ -exec rm -rf {} +
+	find . \( -path ./$(VENV) -o -path ./$(TOOLS) \) -prune -o -type d -name __pycache__ -exec rm -rf {} +
 
 $(INSTALLED): pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --disable-pip-version-check --editable '.[dev]'
