@@ -116,6 +116,11 @@ class KeyRing:
         self._keys: Mapping[str, ApiKey] = {}
 
     @property
+    def stale(self) -> bool:
+        """Whether the next look reads the files, which may block."""
+        return time.monotonic() - self._read_at >= _LOOK_AGAIN_SECONDS
+
+    @property
     def closed(self) -> bool:
         """Whether there are keys, revoked ones included: then nobody gets in without one."""
         return bool(self._current())
@@ -130,7 +135,7 @@ class KeyRing:
 
     def _current(self) -> Mapping[str, ApiKey]:
         with self._lock:
-            if time.monotonic() - self._read_at >= _LOOK_AGAIN_SECONDS:
+            if self.stale:
                 self._keys = self._store.read()
                 self._read_at = time.monotonic()
             return self._keys

@@ -8,6 +8,7 @@ from datetime import timedelta
 from typing import Annotated
 
 from fastapi import Depends, Request
+from starlette.concurrency import run_in_threadpool
 
 from service.errors import JobNotFound, QueueUnavailable, QuotaExceeded
 from service.idempotency import IdempotencyKeys
@@ -125,7 +126,9 @@ def check_quota(key: ApiKey, usage: Usage, settings: ServiceSettings, *, upload_
             raise QuotaExceeded(f"The key may have {allowed} {what}; with this job it would have {needed}.")
 
 
-def _key(request: Request) -> ApiKey | None:
+# Coroutines, though they wait for nothing: FastAPI would run a plain function in a thread, and threads are
+# slow to come by while uploads are being written.
+async def _key(request: Request) -> ApiKey | None:
     key: ApiKey | None = request.state.key
     return key
 
@@ -133,7 +136,7 @@ def _key(request: Request) -> ApiKey | None:
 KeyDep = Annotated[ApiKey | None, Depends(_key)]
 
 
-def _services(request: Request) -> Services:
+async def _services(request: Request) -> Services:
     services: Services = request.app.state.services
     return services
 
@@ -141,8 +144,10 @@ def _services(request: Request) -> Services:
 ServicesDep = Annotated[Services, Depends(_services)]
 
 
-def check_owner(request: Request, services: ServicesDep, key: KeyDep) -> None:
+async def check_owner(request: Request, services: ServicesDep, key: KeyDep) -> None:
     """Dependency of all endpoints. Raises: JobNotFound: The job asked for is not of the key that asks."""
     job_id = request.path_params.get("job_id")
-    if key is not None and job_id is not None and not services.owners.owns(key.id, job_id):
+    if key is None or job_id is None:
+        return
+    if not await run_in_threadpool(services.owners.owns, key.id, job_id):
         raise JobNotFound
