@@ -8,6 +8,7 @@ import yaml
 
 from tests.conftest import REPOSITORY
 
+PINNED = r"[\w.-]+@sha256:[0-9a-f]{64}"
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cpu.yml")
 READ_ONLY_FOLDERS = {"/weights", "/run/secrets"}
 VOLUMES = {
@@ -124,13 +125,13 @@ def test_redis_lets_in_those_it_knows_and_they_say_who_they_are(name: str) -> No
         assert told["IMCNET_REDIS_PASSWORD_FILE"] == "/run/secrets/redis-password"
 
 
-def test_base_images_are_arguments_that_can_be_pinned() -> None:
-    assert "ARG PYTHON_IMAGE=" in dockerfile()
+def test_base_images_are_pinned_by_digest_and_can_be_exchanged() -> None:
+    assert re.search(rf"^ARG PYTHON_IMAGE=python:{PINNED}$", dockerfile(), re.MULTILINE)
     assert re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)[0] == "${PYTHON_IMAGE}"
     for name in COMPOSE_FILES:
         services = compose(name)["services"]
-        assert services["api"]["build"]["args"]["PYTHON_IMAGE"].startswith("${PYTHON_IMAGE:-")
-        assert services["redis"]["image"].startswith("${REDIS_IMAGE:-")
+        assert services["api"]["build"]["args"] == ["PYTHON_IMAGE"]
+        assert re.fullmatch(rf"\$\{{REDIS_IMAGE:-redis:{PINNED}\}}", services["redis"]["image"])
 
 
 def test_images_hold_no_more_than_the_installed_packages() -> None:
