@@ -52,7 +52,7 @@ def remove_older(directory: Path, age_seconds: float) -> None:
                 continue
             if entry.is_dir():
                 shutil.rmtree(entry.path)
-            elif not _in_use(entry.path):
+            elif not in_use(entry.path):
                 os.unlink(entry.path)
 
 
@@ -86,8 +86,8 @@ def _file_system_time(directory: Path) -> float:
         probe.unlink(missing_ok=True)
 
 
-def _in_use(path: str) -> bool:
-    """Whether somebody is writing to the file, however slowly: an upload locks what it receives."""
+def in_use(path: str | Path) -> bool:
+    """Whether somebody has the file locked, such as an upload what it receives. Raises: FileNotFoundError."""
     with open(path, "rb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)

@@ -28,6 +28,7 @@ PROBLEMS: Mapping[str, ProblemType] = MappingProxyType(
             HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "The request's headers are too large"
         ),
         "cross_site": ProblemType(HTTPStatus.FORBIDDEN, "Another site's page has sent the request"),
+        "foreign_host": ProblemType(HTTPStatus.MISDIRECTED_REQUEST, "The request is for another host"),
         "rate_limited": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "Too many requests"),
         "quota_exceeded": ProblemType(HTTPStatus.TOO_MANY_REQUESTS, "The key's quota is used up"),
         "request_timeout": ProblemType(HTTPStatus.REQUEST_TIMEOUT, "The upload came to a halt"),
@@ -120,6 +121,18 @@ class CrossSite(ImcnetError):
 
     def __init__(self) -> None:
         super().__init__("Requests that change something are not taken from other sites' pages.")
+
+
+class ForeignHost(ImcnetError):
+    """Without keys, only this machine is served, and this is none of its names."""
+
+    code = "foreign_host"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Without API keys, only requests to localhost and loopback addresses are answered; "
+            "`imcnet keys create NAME` makes a key."
+        )
 
 
 class RateLimited(ImcnetError):

@@ -10,6 +10,7 @@ nothing to guess that would be worth a slow hash (OWASP, Password Storage: only 
 
 import hashlib
 import hmac
+import logging
 import os
 import re
 import secrets
@@ -20,11 +21,13 @@ from contextlib import suppress
 from pathlib import Path
 from uuid import uuid4
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, PositiveInt
+from pydantic import AwareDatetime, BaseModel, ConfigDict, PositiveInt, ValidationError
 
-from service.durable import sync, write_synced
+from service.durable import disk_errors_translated, sync, write_synced
 from service.errors import KeyUnknown
 from service.jobs import read_stored, utc_now
+
+logger = logging.getLogger(__name__)
 
 _KEY = re.compile(r"imc_(?P<id>[0-9a-f]{12})_(?P<secret>[0-9A-Za-z_-]{43})")
 _LOOK_AGAIN_SECONDS = 1.0
@@ -84,14 +87,30 @@ class KeyStore:
             self._write(key)
         return key
 
+    def exists(self) -> bool:
+        """Whether there is any key, were it revoked or damaged. Raises: StorageUnavailable."""
+        return bool(self._paths())
+
     def read(self) -> Mapping[str, ApiKey]:
-        """All keys by their ids, the revoked ones too."""
-        try:
-            paths = sorted(self._root.glob("*.json"))
-        except FileNotFoundError:
-            return {}
-        keys = [read_stored(ApiKey, path) for path in paths]
+        """All keys by their ids, the revoked ones too; without those whose files are damaged.
+
+        Raises:
+            StorageUnavailable: They cannot be read, which does not mean that there are none.
+        """
+        keys = []
+        for path in self._paths():
+            try:
+                with disk_errors_translated():
+                    keys.append(read_stored(ApiKey, path))
+            except ValidationError:
+                logger.error("The API key in %s is damaged", path.name)
         return {key.id: key for key in sorted(keys, key=lambda key: key.created_at)}
+
+    def _paths(self) -> list[Path]:
+        # Not glob(), which says of a directory that it may not read that there is nothing in it.
+        with disk_errors_translated(but=(FileNotFoundError,)), suppress(FileNotFoundError):
+            return [self._root / name for name in os.listdir(self._root) if name.endswith(".json")]
+        return []
 
     def _write(self, key: ApiKey) -> None:
         self._root.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -107,13 +126,17 @@ class KeyStore:
 
 
 class KeyRing:
-    """The keys as a process of the API knows them: at most a second old."""
+    """The keys as a process of the API knows them: at most a second old.
+
+    All but ``stale`` raise StorageUnavailable where they cannot be read.
+    """
 
     def __init__(self, store: KeyStore) -> None:
         self._store = store
         self._lock = threading.Lock()
         self._read_at = -_LOOK_AGAIN_SECONDS
         self._keys: Mapping[str, ApiKey] = {}
+        self._closed = False
 
     @property
     def stale(self) -> bool:
@@ -122,8 +145,9 @@ class KeyRing:
 
     @property
     def closed(self) -> bool:
-        """Whether there are keys, revoked ones included: then nobody gets in without one."""
-        return bool(self._current())
+        """Whether there are keys, or ever were, revoked ones included: then nobody gets in without one."""
+        self._current()
+        return self._closed
 
     def find(self, presented: str) -> ApiKey | None:
         """The living key that was presented, if it is one; an unknown id takes as long as a known one."""
@@ -133,9 +157,16 @@ class KeyRing:
         equal = hmac.compare_digest(_hash(match["secret"] if match else presented), expected)
         return key if key and equal and key.revoked_at is None else None
 
+    def lives(self, key: ApiKey) -> bool:
+        """Whether a key that was found has not been revoked since."""
+        known = self._current().get(key.id)
+        return known is not None and known.revoked_at is None
+
     def _current(self) -> Mapping[str, ApiKey]:
         with self._lock:
             if self.stale:
+                # Whatever becomes of the files (a volume may not be mounted), no door opens by itself.
+                self._closed = self._closed or self._store.exists()
                 self._keys = self._store.read()
                 self._read_at = time.monotonic()
             return self._keys

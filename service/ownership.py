@@ -1,9 +1,10 @@
-"""Whose job is whose, and what each owner's jobs take.
+"""Whose job is whose, and what each owner's jobs and uploads take.
 
 ::
 
-    owners/<key id>/<job id>    the job is of that key; empty
-                   /.lock       held by whoever adds a job
+    owners/<key id>/<job id>         the job is of that key; empty
+                   /<uuid>.upload    an upload under way: sparse, as long as that may get, and locked
+                   /.lock            held by whoever adds a job or an upload
 
 Asking whether a key has a job is one look at one path, whether there is such a job or not: so an id of
 somebody else's is answered as one of nobody's, in the same time.
@@ -16,8 +17,11 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+from uuid import uuid4
 
-from service.durable import disk_errors_translated, sync, write_synced
+from service.durable import disk_errors_translated, in_use, sync, write_synced
 from service.errors import JobGone, JobNotFound
 from service.storage import JobStorage
 
@@ -27,11 +31,37 @@ _JOB_ID = re.compile(r"[0-9a-f-]{36}")
 
 @dataclass(frozen=True, kw_only=True)
 class Usage:
-    """What an owner's jobs take: how many have not ended, their uploads' bytes, all bytes stored."""
+    """What an owner's jobs take: how many have not ended, their uploads' bytes, all bytes stored.
+
+    An upload under way counts as the job that it may become.
+    """
 
     active_jobs: int
     queued_bytes: int
     stored_bytes: int
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(
+            active_jobs=self.active_jobs + other.active_jobs,
+            queued_bytes=self.queued_bytes + other.queued_bytes,
+            stored_bytes=self.stored_bytes + other.stored_bytes,
+        )
+
+
+class Reservation:
+    """Room for an upload under way, within its owner's quota. It does not outlive its process."""
+
+    def __init__(self, path: Path, upload_bytes: int) -> None:
+        self._path = path
+        self._file = FileIO(path, "x+")
+        fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._file.truncate(upload_bytes)
+        self.upload_bytes = upload_bytes
+
+    def release(self) -> None:
+        """Give the room back; once is enough."""
+        self._path.unlink(missing_ok=True)
+        self._file.close()
 
 
 class Ownership:
@@ -51,7 +81,7 @@ class Ownership:
 
     @contextmanager
     def locked(self, owner: str) -> Iterator[None]:
-        """Keep everybody else, in all processes, from adding jobs of that owner."""
+        """Keep everybody else, in all processes, from adding jobs or uploads of that owner."""
         with disk_errors_translated():
             (self._root / owner).mkdir(parents=True, exist_ok=True)
             file = (self._root / owner / ".lock").open("w")
@@ -69,7 +99,24 @@ class Ownership:
         """Take back :meth:`enter`: the job was not accepted."""
         (self._root / owner / job_id).unlink(missing_ok=True)
 
+    def reserve(self, owner: str, upload_bytes: int) -> Reservation:
+        """Let an upload of at most so many bytes count; the caller has the owner :meth:`locked`."""
+        with disk_errors_translated():
+            return Reservation(self._root / owner / f"{uuid4()}.upload", upload_bytes)
+
+    def uploads(self, owner: str) -> Usage:
+        """What is under way; the caller has the owner :meth:`locked`."""
+        sizes = []
+        for path in (self._root / owner).glob("*.upload"):
+            with suppress(FileNotFoundError):  # it has just ended
+                if in_use(path):
+                    sizes.append(path.stat().st_size)
+                else:  # its process has died
+                    path.unlink()
+        return Usage(active_jobs=len(sizes), queued_bytes=sum(sizes), stored_bytes=sum(sizes))
+
     def usage(self, owner: str) -> Usage:
+        """What the jobs take, without the uploads under way."""
         active = queued = stored = 0
         for job_id in self.jobs(owner):
             with suppress(JobNotFound, JobGone, FileNotFoundError):

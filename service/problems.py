@@ -17,6 +17,7 @@ from service.jobs import Problem
 
 logger = logging.getLogger(__name__)
 
+_CHALLENGE = 'Bearer realm="imcnet", Basic realm="imcnet", charset="UTF-8"'
 _METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE")
 _CODE_OF_STATUS = {
     HTTPStatus.NOT_FOUND: "not_found",
@@ -31,6 +32,8 @@ def problem_response(error: ImcnetError, *, headers: Mapping[str, str] | None = 
     problem = Problem.of(error)
     assert problem.status is not None
     all_headers = dict(headers or {})
+    if problem.status == HTTPStatus.UNAUTHORIZED:
+        all_headers["WWW-Authenticate"] = _CHALLENGE  # RFC 9110, section 15.5.2
     if error.retry_after_seconds is not None:
         all_headers["Retry-After"] = str(error.retry_after_seconds)
     return JSONResponse(

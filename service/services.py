@@ -10,11 +10,11 @@ from typing import Annotated
 from fastapi import Depends, Request
 from starlette.concurrency import run_in_threadpool
 
-from service.errors import JobNotFound, QueueUnavailable, QuotaExceeded
+from service.errors import JobNotFound, QueueUnavailable, Unauthorized
 from service.idempotency import IdempotencyKeys
 from service.jobs import Attempt, Job, JobRecord, JobStatus, Outcome, QueueState, describe, utc_now
 from service.keys import ApiKey, KeyRing
-from service.ownership import Ownership, Usage
+from service.ownership import Ownership
 from service.queue import JobQueue
 from service.reconciliation import Reconciliation
 from service.settings import ServiceSettings
@@ -56,6 +56,11 @@ class Services:
             with suppress(QueueUnavailable):  # how it ended is known; whether a worker is at it still, is not
                 state = self.queue.state(job_id)
         return self._describe(record, outcome, attempts, state)
+
+    def check_key(self, key: ApiKey | None) -> None:
+        """For what takes long. Raises: Unauthorized: The key has been revoked since the request began."""
+        if key is not None and not self.keys.lives(key):
+            raise Unauthorized
 
     def cancel(self, job_id: str) -> bool:
         """Settle the job as canceled; a worker that is at it lets go within seconds, with or without Redis.
@@ -104,26 +109,6 @@ class Services:
             retention=timedelta(seconds=self.settings.retention_seconds),
             root_path=self.settings.root_path,
         )
-
-
-def check_quota(key: ApiKey, usage: Usage, settings: ServiceSettings, *, upload_bytes: int) -> None:
-    """Raises: QuotaExceeded: With one more job, of an upload of that size, the key would have too much."""
-    limits = key.limits
-    for needed, allowed, what in (
-        (usage.active_jobs + 1, limits.active_jobs or settings.key_active_jobs, "jobs that have not ended"),
-        (
-            usage.queued_bytes + upload_bytes,
-            limits.queued_bytes or settings.key_queued_bytes,
-            "bytes of uploads whose jobs have not ended",
-        ),
-        (
-            usage.stored_bytes + upload_bytes,
-            limits.stored_bytes or settings.key_stored_bytes,
-            "bytes of stored jobs",
-        ),
-    ):
-        if needed > allowed:
-            raise QuotaExceeded(f"The key may have {allowed} {what}; with this job it would have {needed}.")
 
 
 # Coroutines, though they wait for nothing: FastAPI would run a plain function in a thread, and threads are

@@ -124,20 +124,22 @@ class JobStorage:
         Raises:
             StorageFull, StorageUnavailable: The disk refuses; the upload is still where it was.
         """
-        staging = self._trash / f"accept-{record.id}"
+        staging, job = self._trash / f"accept-{record.id}", self._jobs / record.id
         with disk_errors_translated(but=_TELLING):
             staging.mkdir()
             try:
                 write_synced(staging / "job.json", record.model_dump_json().encode())
                 upload.rename(staging / "source")
                 sync(staging)
-                staging.rename(self._jobs / record.id)
+                staging.rename(job)
+                sync(self._jobs)
             except BaseException:
+                if job.exists():
+                    job.rename(staging)
                 if (staging / "source").exists():
                     (staging / "source").rename(upload)
                 shutil.rmtree(staging, ignore_errors=True)
                 raise
-        sync(self._jobs)
 
     # -- looking up --------------------------------------------------------------------------------------
 

@@ -9,8 +9,8 @@ import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import AsyncGenerator, Callable
-from contextlib import AsyncExitStack, aclosing, suppress
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
@@ -36,11 +36,19 @@ class Upload:
     fields: dict[str, list[str]]
 
 
-def declared_bytes(request: Request) -> int:
-    """What the client says that its body has; 0 where it does not say."""
-    return int(request.headers.get("content-length", 0))
+def declared_bytes(request: Request, *, max_bytes: int) -> int:
+    """What the client says that its body has; 0 where it does not say.
+
+    Raises:
+        InvalidRequest: ``upload_too_large``.
+    """
+    declared = int(request.headers.get("content-length", 0))
+    if declared > max_bytes:
+        raise _too_large(max_bytes)
+    return declared
 
 
+@asynccontextmanager
 async def receive(
     request: Request,
     path: Path,
@@ -51,11 +59,11 @@ async def receive(
     idle_seconds: float,
     min_bytes_per_second: int,
     disk_reserve_bytes: int,
-) -> Upload:
-    """Write the video in a request's body to ``path``, synced to the disk.
+) -> AsyncIterator[Upload]:
+    """Write the video in a request's body to ``path``, synced to the disk, for as long as the block lasts.
 
-    The body is a form with the field ``video``, or the video itself. Whatever fails, cancellation included,
-    nothing is left at ``path``.
+    The body is a form with the field ``video``, or the video itself. The file is locked, which keeps it from
+    the sweeper. What is still at ``path`` in the end is removed, whatever happens, cancellation included.
 
     Args:
         path: Where there is no file yet.
@@ -71,12 +79,9 @@ async def receive(
         starlette.requests.ClientDisconnect: The client has gone.
     """
     body = _body_of(request, max_form_field_bytes)
-    declared = declared_bytes(request)
-    if declared > max_upload_bytes:
-        raise _too_large(max_upload_bytes)
+    declared = declared_bytes(request, max_bytes=max_upload_bytes)
     file = _NewFile(path, disk_reserve_bytes)
-    async with AsyncExitStack() as on_failure:
-        on_failure.push_async_callback(_in_thread, file.discard)
+    try:
         await _in_thread(file.open, 2 * declared)
         pace = _Pace(max_seconds, idle_seconds, min_bytes_per_second)
         async with aclosing(_read(request, max_upload_bytes, pace)) as chunks:
@@ -88,9 +93,12 @@ async def receive(
         await _in_thread(file.write, body.take_video())
         if not file.size:
             raise InvalidRequest("The file is empty.", code="empty_file")
-        await _in_thread(file.close)
-        on_failure.pop_all()
-    return Upload(path=path, filename=body.filename, bytes=file.size, sha256=file.sha256, fields=body.fields)
+        await _in_thread(file.sync)
+        yield Upload(
+            path=path, filename=body.filename, bytes=file.size, sha256=file.sha256, fields=body.fields
+        )
+    finally:
+        await _in_thread(file.discard)
 
 
 def _body_of(request: Request, max_form_field_bytes: int) -> RawBody:
@@ -179,7 +187,7 @@ class _NewFile:
         with disk_errors_translated():
             self._check_room(wanted_bytes)
             self._file = self._path.open("xb")
-            fcntl.flock(self._file, fcntl.LOCK_EX)  # keeps the sweeper away from a slow upload
+            fcntl.flock(self._file, fcntl.LOCK_EX)
 
     def write(self, data: bytearray) -> None:
         assert self._file is not None
@@ -189,14 +197,15 @@ class _NewFile:
         self._sha256.update(data)
         self.size += len(data)
 
-    def close(self) -> None:
+    def sync(self) -> None:
         """Make the file last."""
         assert self._file is not None
-        with disk_errors_translated(), self._file:
+        with disk_errors_translated():
             self._file.flush()
             os.fsync(self._file.fileno())
 
     def discard(self) -> None:
+        """Close the file, and remove it unless it has been moved away."""
         if self._file is None:
             return
         with suppress(OSError):  # what is still buffered may find no room either

@@ -1,7 +1,6 @@
 """`imcnet serve` and `imcnet worker`: one part of the service each, for a terminal or a container."""
 
 import contextlib
-import ipaddress
 import os
 import socket
 import subprocess
@@ -15,7 +14,7 @@ import typer
 
 from service.cli.settings import read_settings
 from service.errors import Misconfigured, QueueUnavailable
-from service.keys import KeyStore
+from service.keys import KeyRing
 from service.logs import configure_logging
 from service.settings import ServiceSettings
 from service.supervisor import Child, Supervisor
@@ -40,8 +39,9 @@ def serve(host: HostOption = None, port: PortOption = None) -> None:
     settings = read_settings(ServiceSettings, host=host, port=port)
     configure_logging(settings.log_level, settings.log_format)
     check_redis(settings.require_redis_url(), timeout_seconds=settings.redis_timeout_seconds)
-    _check_door(settings)
-    server = Server(create_app(settings), settings)
+    app = create_app(settings)
+    _check_door(settings, app.state.services.keys)
+    server = Server(app, settings)
     with _listen(settings.host, settings.port) as listener:
         url = http_url(settings.host, listener.getsockname()[1])
         typer.echo(f"IMCNet's API listens on {url}, docs on {url}/docs")
@@ -107,21 +107,16 @@ def _listen(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _check_door(settings: ServiceSettings) -> None:
+def _check_door(settings: ServiceSettings, keys: KeyRing) -> None:
     """Raises: Misconfigured: The API would be open to others than those on this machine."""
+    from service.access import is_loopback
+
     address = settings.published.rpartition(":")[0] if settings.published else settings.host
-    if not _is_loopback(address) and not KeyStore(settings.data_dir / "keys").read():
+    if not keys.closed and not is_loopback(address):  # in this order: a ring that has seen keys stays closed
         raise Misconfigured(
             f"Without API keys, anyone who reaches {address or 'this machine'} could post videos: make a key "
             "with `imcnet keys create NAME`, or listen on 127.0.0.1."
         )
-
-
-def _is_loopback(address: str) -> bool:
-    try:
-        return ipaddress.ip_address(address.strip("[]")).is_loopback
-    except ValueError:
-        return address == "localhost"
 
 
 def check_redis(url: str, *, timeout_seconds: float) -> None:

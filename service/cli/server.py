@@ -3,12 +3,15 @@
 import asyncio
 from types import FrameType
 
+import h11
 import uvicorn
 from fastapi import FastAPI
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from service.headers import SecurityHeaders
+from service.errors import InvalidRequest
+from service.headers import SECURITY_HEADERS, SecurityHeaders
 from service.logs import RequestContext
+from service.problems import problem_response
 from service.services import Services
 from service.settings import ServiceSettings
 
@@ -44,7 +47,7 @@ class _Config(uvicorn.Config):
 
 
 class _Protocol(H11Protocol):
-    """Closes a connection whose next request does not come in time.
+    """Closes a connection whose next request does not come in time, and answers what is no HTTP as a problem.
 
     uvicorn's own limit ends with the first byte: it would wait for the rest of the headers for ever, and for
     the rest of a body that has been answered already.
@@ -60,6 +63,20 @@ class _Protocol(H11Protocol):
     def on_response_complete(self) -> None:
         super().on_response_complete()
         self._expect_request()
+
+    def send_400_response(self, msg: str) -> None:
+        if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer is on its way already
+            answer = problem_response(
+                InvalidRequest("The request is no valid HTTP."),
+                headers={**SECURITY_HEADERS, "Connection": "close"},
+            )
+            for event in (
+                h11.Response(status_code=answer.status_code, headers=answer.raw_headers),
+                h11.Data(data=bytes(answer.body)),
+                h11.EndOfMessage(),
+            ):
+                self.transport.write(self.conn.send(event) or b"")
+        self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._timer is not None:

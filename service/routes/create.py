@@ -1,7 +1,7 @@
 """``POST /jobs``: receive → probe → accept → queue."""
 
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
@@ -12,10 +12,10 @@ from service.durable import disk_errors_translated
 from service.errors import ImcnetError, InvalidRequest, JobNotFound
 from service.idempotency import MAX_KEY_LENGTH, Claim, HeldKey, check_key, fingerprint_of
 from service.jobs import Job, JobInput, JobOptions, JobRecord, utc_now
-from service.keys import ApiKey
 from service.probe import probe_video
 from service.problems import Responses, documented
-from service.services import KeyDep, Services, ServicesDep, check_quota
+from service.quota import Sender, room_for, take_room
+from service.services import KeyDep, Services, ServicesDep
 from service.settings import ServiceSettings
 from service.storage import JobStorage, new_job_id
 from service.uploads import Upload, declared_bytes, receive
@@ -113,44 +113,39 @@ async def create_job(
         check_key(idempotency_key)
         if client is not None:  # two clients may have chosen the same
             idempotency_key = f"{client.id} {idempotency_key}"
-    if not await _is_used(services, idempotency_key):
+    declared = declared_bytes(request, max_bytes=services.settings.max_upload_bytes)
+    sent_before = await _is_used(services, idempotency_key)
+    if not sent_before:
         await run_in_threadpool(services.queue.check_room)
-        if client is not None:  # before the body is read; and once more when there is a job to be made of it
-            await run_in_threadpool(_check_quota, services, client, declared_bytes(request))
-    upload = await _receive(request, services)
-    try:
+    async with (
+        room_for(services, client, declared, sent_before=sent_before) as sender,
+        _received(request, services, sender) as upload,
+    ):
         chosen = _merge_options(options, upload.fields)
         if idempotency_key is None:
-            record = await _accept(services, client, upload, chosen)
+            record = await _accept(services, sender, upload, chosen)
         else:
-            record, replayed = await _accept_once(services, client, upload, chosen, idempotency_key)
+            record, replayed = await _accept_once(services, sender, upload, chosen, idempotency_key)
             if replayed:
                 response.headers["Idempotency-Replayed"] = "true"
-    finally:
-        with suppress(OSError):  # then the sweeper removes it
-            upload.path.unlink(missing_ok=True)
     job = await run_in_threadpool(_describe, services, record)
     response.headers.update({"Location": job.links.self, "Retry-After": "1"})
     return job
 
 
 async def _is_used(services: Services, key: str | None) -> bool:
-    """Whether the key may stand for a job, to which the queue's room is of no matter any more."""
+    """Whether the key may stand for a job, to which the room for new ones is of no matter any more."""
     return key is not None and await run_in_threadpool(services.idempotency.is_used, key)
 
 
-def _check_quota(services: Services, client: ApiKey, upload_bytes: int) -> None:
-    """Raises: QuotaExceeded."""
-    usage = services.owners.usage(client.id)
-    check_quota(client, usage, services.settings, upload_bytes=upload_bytes)
-
-
-async def _receive(request: Request, services: Services) -> Upload:
+def _received(
+    request: Request, services: Services, sender: Sender | None
+) -> AbstractAsyncContextManager[Upload]:
     settings = services.settings
-    return await receive(
+    return receive(
         request,
         services.storage.new_upload(),
-        max_upload_bytes=settings.max_upload_bytes,
+        max_upload_bytes=settings.max_upload_bytes if sender is None else sender.room.upload_bytes,
         max_form_field_bytes=settings.max_form_field_bytes,
         max_seconds=settings.upload_max_seconds,
         idle_seconds=settings.upload_idle_seconds,
@@ -160,7 +155,7 @@ async def _receive(request: Request, services: Services) -> Upload:
 
 
 async def _accept_once(
-    services: Services, client: ApiKey | None, upload: Upload, options: JobOptions, key: str
+    services: Services, sender: Sender | None, upload: Upload, options: JobOptions, key: str
 ) -> tuple[JobRecord, bool]:
     """Returns: The job that the key stands for, and whether it stood for it before."""
     fingerprint = fingerprint_of(upload.sha256, options)
@@ -168,7 +163,7 @@ async def _accept_once(
         record = await run_in_threadpool(_made_before, services.storage, held.claim, fingerprint)
         if record is not None:
             return record, True
-        return await _accept(services, client, upload, options, key=held), False
+        return await _accept(services, sender, upload, options, key=held), False
 
 
 def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> JobRecord | None:
@@ -188,7 +183,7 @@ def _made_before(storage: JobStorage, claim: Claim | None, fingerprint: str) -> 
 
 async def _accept(
     services: Services,
-    client: ApiKey | None,
+    sender: Sender | None,
     upload: Upload,
     options: JobOptions,
     *,
@@ -196,24 +191,24 @@ async def _accept(
 ) -> JobRecord:
     async with services.probing:  # many at once would all take longer than they are allowed
         record = await _probe(upload, options, services.settings)
-    if client is None:
+    if sender is None:
         await run_in_threadpool(_enter, services, record, upload, key)
     else:
-        await run_in_threadpool(_enter_for, client, services, record, upload, key)
+        await run_in_threadpool(_enter_for, sender, services, record, upload, key)
     return record
 
 
 def _enter_for(
-    client: ApiKey, services: Services, record: JobRecord, upload: Upload, key: HeldKey | None
+    sender: Sender, services: Services, record: JobRecord, upload: Upload, key: HeldKey | None
 ) -> None:
-    """Make the job of a client, within its quota. Raises: QuotaExceeded; as :func:`_enter`."""
-    with services.owners.locked(client.id):  # by all processes: none counts what another is about to add
-        _check_quota(services, client, upload.bytes)
-        services.owners.enter(client.id, record.id)
+    """Make the job of a key, within its quota. Raises: Unauthorized, QuotaExceeded; as :func:`_enter`."""
+    services.check_key(sender.key)
+    with take_room(services, sender, upload.bytes):
+        services.owners.enter(sender.key.id, record.id)
         try:
             _enter(services, record, upload, key)
         except BaseException:
-            services.owners.leave(client.id, record.id)
+            services.owners.leave(sender.key.id, record.id)
             raise
 
 

@@ -9,11 +9,12 @@ from anyio import CapacityLimiter, to_thread
 from fastapi import APIRouter, Header, Response
 from fastapi.sse import KEEPALIVE_COMMENT, EventSourceResponse, format_sse_event
 
-from service.errors import JobGone, JobNotFound, QueueUnavailable
+from service.errors import JobGone, JobNotFound, QueueUnavailable, StorageUnavailable, Unauthorized
 from service.events import BEGINNING, Event, StatusChange, is_event_id
 from service.jobs import Job, Progress
+from service.keys import ApiKey
 from service.problems import documented
-from service.services import Services, ServicesDep
+from service.services import KeyDep, Services, ServicesDep
 
 _POLL_SECONDS = 0.5
 _QUIET_SECONDS = 10.0  # after which the job is looked up, and a proxy needs a sign of life
@@ -45,6 +46,7 @@ router = APIRouter()
 )
 async def watch_job(
     services: ServicesDep,
+    key: KeyDep,
     job_id: str,
     last_event_id: Annotated[
         str | None, Header(description="The last event that the client has seen; the next ones follow.")
@@ -55,7 +57,7 @@ async def watch_job(
     `status` is the job, as it was when its status changed; `progress` is the job's progress; `end` is the job
     when it has ended, and the last event. Without `Last-Event-ID` the first one is a `status` of now.
     """
-    watch = _Watch(services, job_id)
+    watch = _Watch(services, key, job_id)
     beginning = await to_thread.run_sync(watch.begin, last_event_id)
     if watch.ended:
         return Response(status_code=204)
@@ -74,7 +76,7 @@ async def _stream(services: Services, watch: "_Watch", beginning: bytes) -> Asyn
         look = partial(watch.news, quiet=clock() - told_at >= _QUIET_SECONDS)
         try:
             news = await to_thread.run_sync(look, limiter=_LOOKS_AT_ONCE)
-        except (JobNotFound, JobGone):
+        except (JobNotFound, JobGone, Unauthorized, StorageUnavailable):
             return  # whoever asks again is told so
         if news:
             yield news
@@ -86,8 +88,9 @@ async def _stream(services: Services, watch: "_Watch", beginning: bytes) -> Asyn
 class _Watch:
     """What one client has been told of a job. The methods block; they return what is to be told next."""
 
-    def __init__(self, services: Services, job_id: str) -> None:
+    def __init__(self, services: Services, key: ApiKey | None, job_id: str) -> None:
         self._services = services
+        self._key = key
         self._job_id = job_id
         self._position = BEGINNING
         self._told: Job | None = None
@@ -114,7 +117,10 @@ class _Watch:
 
         Raises:
             JobNotFound, JobGone: The job was removed.
+            Unauthorized: The key was revoked.
+            StorageUnavailable: Whether it was, cannot be told.
         """
+        self._services.check_key(self._key)
         sign_of_life = KEEPALIVE_COMMENT if quiet else b""
         try:
             return self._news(look_up=quiet) or sign_of_life

@@ -11,8 +11,9 @@ from starlette.concurrency import run_in_threadpool
 from service.downloads import matches
 from service.errors import JobGone, JobNotFound
 from service.jobs import Job, JobStatus
+from service.keys import ApiKey
 from service.problems import documented
-from service.services import KeyDep, ServicesDep
+from service.services import KeyDep, Services, ServicesDep
 
 _POLL_SECONDS = 0.25  # how often a waiting GET looks again
 
@@ -63,6 +64,7 @@ def list_jobs(
 async def get_job(
     request: Request,
     services: ServicesDep,
+    key: KeyDep,
     job_id: str,
     wait: Annotated[
         float,
@@ -75,7 +77,7 @@ async def get_job(
     known = request.headers.get("if-none-match")
     deadline = asyncio.get_running_loop().time() + wait
     while True:
-        job = await run_in_threadpool(services.job, job_id)
+        job = await run_in_threadpool(_look_up, services, key, job_id)
         body = job.model_dump_json().encode()
         etag = f'"{hashlib.sha256(body).hexdigest()[:32]}"'
         unchanged = known is not None and matches(known, etag)
@@ -87,6 +89,11 @@ async def get_job(
     if unchanged:
         return Response(status_code=304, headers=headers)
     return Response(body, media_type="application/json", headers=headers)
+
+
+def _look_up(services: Services, key: ApiKey | None, job_id: str) -> Job:
+    services.check_key(key)
+    return services.job(job_id)
 
 
 @router.post(

@@ -206,7 +206,8 @@ def test_a_disk_that_cannot_be_used_is_refused_until_it_can(stack: Stack, video:
 def test_room_is_left_for_no_more_jobs_than_may_wait_however_they_come(stack: Stack, video: Path) -> None:
     stack.start_api(max_queued_jobs=2)
     body = video.read_bytes()
-    head = f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nContent-Length: {len(body)}\r\n\r\n"
+    lines = ("POST /jobs HTTP/1.1", "Host: [::1]", "Content-Type: video/mp4", f"Content-Length: {len(body)}")
+    head = "\r\n".join((*lines, "", ""))
     uploads = [socket.create_connection(("127.0.0.1", stack.port), timeout=60) for _ in range(6)]
     statuses = []
     for upload in uploads:
@@ -226,7 +227,7 @@ def test_clients_that_vanish_leave_no_file_and_no_descriptor(stack: Stack, video
     body = video.read_bytes()
     form = b'--limit\r\nContent-Disposition: form-data; name="video"\r\n\r\n' + body + b"\r\n--limit--\r\n"
     requests = [
-        b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s"
+        b"POST /jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: %s\r\nContent-Length: %d\r\n\r\n%s"
         % (content_type, len(content) + 1, content)  # never whole
         for content_type, content in [(b"video/mp4", body), (b"multipart/form-data; boundary=limit", form)]
     ]
@@ -256,7 +257,7 @@ def test_clients_that_vanish_leave_no_file_and_no_descriptor(stack: Stack, video
 
 def test_what_a_killed_api_was_receiving_is_removed(stack: Stack, video: Path) -> None:
     api = stack.start_api()
-    head = b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nContent-Length: 100000\r\n\r\n"
+    head = b"POST /jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: video/mp4\r\nContent-Length: 100000\r\n\r\n"
     with socket.create_connection(("127.0.0.1", stack.port), timeout=60) as upload:
         upload.sendall(head + video.read_bytes())
         wait_until(lambda: list((stack.data_dir / "uploads").iterdir()))

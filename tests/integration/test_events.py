@@ -302,7 +302,7 @@ def test_hundreds_may_watch(stack: Stack, redis: Redis, job_id: str) -> None:
 def test_clients_that_do_not_read_cost_no_memory(stack: Stack, redis: Redis, job_id: str) -> None:
     api = psutil.Process(stack.processes[0].pid)
     worker = Worker(stack, redis, job_id)
-    request = f"GET /jobs/{job_id}/events HTTP/1.1\r\nHost: x\r\n\r\n".encode()
+    request = f"GET /jobs/{job_id}/events HTTP/1.1\r\nHost: [::1]\r\n\r\n".encode()
     clients = []
     for _ in range(20):
         client = socket.socket()

@@ -139,7 +139,7 @@ def test_a_job_that_is_gone_is_not_made_again(stack: Stack, client: httpx.Client
 def test_an_answer_that_was_lost_is_got_again(stack: Stack, client: httpx.Client, video: Path) -> None:
     body = video.read_bytes()
     head = (
-        f"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nIdempotency-Key: {KEY}\r\n"
+        f"POST /jobs HTTP/1.1\r\nHost: [::1]\r\nContent-Type: video/mp4\r\nIdempotency-Key: {KEY}\r\n"
         f"Content-Length: {len(body)}\r\n\r\n"
     )
     with socket.create_connection(("127.0.0.1", stack.port), timeout=60) as connection:

@@ -6,9 +6,11 @@ import socket
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -127,6 +129,20 @@ def test_anothers_job_takes_as_long_as_none(
     assert 0.7 < foreign / unknown < 1.4
 
 
+def test_the_door_stays_closed_when_the_keys_are_gone(
+    stack: Stack, clients: tuple[httpx.Client, httpx.Client], tmp_path: Path
+) -> None:
+    (stack.data_dir / "keys").rename(tmp_path / "elsewhere")
+    with client_of(stack, None) as stranger:
+        for _ in range(4):
+            assert stranger.get("/jobs").status_code == 401
+            time.sleep(0.5)
+    (stack.data_dir / "keys").touch()  # no folder, so nobody knows what is in it
+    time.sleep(1.1)
+    answer = clients[0].get("/jobs")
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+
+
 @pytest.mark.parametrize("job_id", ["..%2f..%2fkeys", "%2e%2e", "a%00b", "x" * 300, "%2e%2e%2fowners", "é"])
 def test_an_id_that_is_none_is_answered_as_an_unknown_one(
     clients: tuple[httpx.Client, httpx.Client], job_id: str
@@ -165,6 +181,111 @@ def test_keys_change_for_all_processes_within_seconds(stack: Stack, tmp_path: Pa
     listed = keys("list")
     assert "revoked" in listed
     assert made["key"] not in listed
+
+
+@contextmanager
+def begun_upload(port: int, text: str, head: bytes, body: bytes) -> Iterator[socket.socket]:
+    """A connection on which the beginning of a video has been posted."""
+    with socket.create_connection(("127.0.0.1", port), timeout=20) as connection:
+        connection.sendall(
+            b"POST /jobs HTTP/1.1\r\nHost: x\r\nContent-Type: video/mp4\r\nAuthorization: Bearer "
+            + text.encode()
+            + b"\r\n"
+            + head
+            + b"\r\n\r\n"
+            + body
+        )
+        yield connection
+
+
+def status_of(connection: socket.socket) -> int:
+    return int(connection.makefile("rb").readline().split()[1])
+
+
+def test_a_revoked_key_ends_what_is_under_way(stack: Stack, store: KeyStore, video: Path) -> None:
+    key, text = store.create("one", KeyLimits())
+    stack.start_api()
+    data = video.read_bytes()
+    with client_of(stack, text) as client:
+        job = post(client, video).raise_for_status().json()
+        waited: list[httpx.Response] = []
+        waiting = threading.Thread(
+            target=lambda: waited.append(client.get(f"/jobs/{job['id']}", params={"wait": 30}))
+        )
+        length = b"Content-Length: %d" % len(data)
+        with (
+            begun_upload(stack.port, text, length, data[:-1]) as connection,
+            client_of(stack, text) as watcher,
+            watcher.stream("GET", f"/jobs/{job['id']}/events") as events,
+        ):
+            waiting.start()
+            time.sleep(0.5)
+            store.revoke(key.id)
+            began = time.monotonic()
+            assert b"event: status" in b"".join(events.iter_bytes())
+            waiting.join()
+            assert waited[0].status_code == 401
+            assert time.monotonic() - began < 5
+            connection.sendall(data[-1:])
+            assert status_of(connection) == 401
+    assert [path.name for path in (stack.data_dir / "jobs").iterdir()] == [job["id"]]
+
+
+def test_uploads_under_way_count_towards_the_quota_in_all_processes(
+    stack: Stack, store: KeyStore, video: Path
+) -> None:
+    data = video.read_bytes()
+    _, text = store.create("one", KeyLimits(queued_bytes=3 * len(data) - 1))
+    stack.start_api()
+    ports = [stack.port]
+    stack.start_api()
+    ports.append(stack.port)
+    length = b"Content-Length: %d" % len(data)
+    with (
+        client_of(stack, text) as client,
+        begun_upload(ports[0], text, length, data[:-1]) as first,
+        begun_upload(ports[1], text, length, data[:-1]) as second,
+    ):
+        eventually(
+            lambda: len(list((stack.data_dir / "uploads").iterdir())) == 2 or None,
+            within_seconds=10,
+            what="both uploads are under way",
+        )
+        answer = post(client, video)
+        assert (answer.status_code, answer.json()["code"]) == (429, "quota_exceeded")
+        first.sendall(data[-1:])
+        assert status_of(first) == 202
+        assert post(client, video).status_code == 429
+        second.shutdown(socket.SHUT_RDWR)
+        eventually(
+            lambda: post(client, video).status_code == 202 or None,
+            within_seconds=10,
+            what="what the lost upload took is free",
+        )
+        assert post(client, video).status_code == 429
+
+
+def test_an_upload_of_unknown_length_ends_where_the_quota_does(stack: Stack, store: KeyStore) -> None:
+    _, text = store.create("one", KeyLimits(stored_bytes=300_000))
+    stack.start_api()
+    chunk = b"10000\r\n" + bytes(2**16) + b"\r\n"
+    with begun_upload(stack.port, text, b"Transfer-Encoding: chunked", 3 * chunk) as one:
+        eventually(
+            lambda: len(list((stack.data_dir / "uploads").iterdir())) == 1 or None,
+            within_seconds=10,
+            what="the upload is under way",
+        )
+        with begun_upload(stack.port, text, b"Content-Length: 1", b"") as another:
+            assert status_of(another) == 429
+        one.sendall(2 * chunk)
+        assert status_of(one) == 413
+
+
+def test_an_upload_that_no_quota_allows_is_too_large(stack: Stack, store: KeyStore) -> None:
+    _, text = store.create("one", KeyLimits(stored_bytes=1))
+    stack.start_api()
+    with begun_upload(stack.port, text, b"Content-Length: " + b"9" * 20, b"") as connection:
+        assert status_of(connection) == 413
 
 
 def test_a_quota_is_never_exceeded_by_parallel_uploads_to_two_processes(
@@ -223,9 +344,42 @@ def test_other_sites_pages_change_nothing(stack: Stack, video: Path) -> None:
         answer = post(client, video, **{"Sec-Fetch-Site": "cross-site"})
         assert (answer.status_code, answer.json()["code"]) == (403, "cross_site")
         assert post(client, video, **{"Sec-Fetch-Site": "same-origin"}).status_code == 202
+        # To plain HTTP, browsers tell nothing but this.
+        assert post(client, video, Origin="http://evil.example").json()["code"] == "cross_site"
+        assert post(client, video, Origin="null").json()["code"] == "cross_site"
+        assert post(client, video, Origin=f"http://127.0.0.1:{stack.port}").status_code == 202
         assert (
             "access-control-allow-origin" not in client.get("/jobs", headers={"Origin": "http://x"}).headers
         )
+
+
+def test_without_keys_only_this_machines_names_are_answered(
+    stack: Stack, store: KeyStore, video: Path
+) -> None:
+    """A site whose name is made to point here is, to a browser, where its pages came from."""
+    stack.start_api()
+    with client_of(stack, None) as client:
+        evil = {"Host": f"evil.example:{stack.port}", "Sec-Fetch-Site": "same-origin"}
+        for answer in (client.get("/jobs", headers=evil), post(client, video, **evil)):
+            assert (answer.status_code, answer.json()["code"]) == (421, "foreign_host")
+        for host in ("localhost", f"LOCALHOST:{stack.port}", "127.0.0.1", f"[::1]:{stack.port}"):
+            assert client.get("/jobs", headers={"Host": host}).status_code == 200
+    _, text = store.create("one", KeyLimits())
+    with client_of(stack, text) as client:
+        eventually(
+            lambda: client.get("/jobs", headers={"Host": "any.example"}).status_code == 200 or None,
+            within_seconds=5,
+            what="the key is what counts",
+        )
+
+
+def test_signs_of_life_are_shown_below_a_root_path(stack: Stack, store: KeyStore) -> None:
+    store.create("one", KeyLimits())
+    stack.start_api(root_path="/imcnet")
+    with client_of(stack, None) as stranger:
+        for path in ("/livez", "/readyz"):
+            assert stranger.get(path).status_code == 200
+        assert stranger.get("/jobs").status_code == 401
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import KeyUnknown, QuotaExceeded
+from service.errors import KeyUnknown, QuotaExceeded, StorageUnavailable
 from service.keys import ApiKey, KeyLimits, KeyRing, KeyStore
 from service.ownership import Ownership, Usage
-from service.services import check_quota
+from service.quota import check_quota
 from service.settings import ServiceSettings
 from service.storage import JobStorage, new_job_id
 
@@ -73,6 +73,36 @@ def test_after_the_last_key_is_revoked_the_door_stays_closed(store: KeyStore) ->
     assert KeyRing(store).closed
 
 
+def test_the_door_stays_closed_when_the_keys_are_gone(
+    store: KeyStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key, text = store.create("one", KeyLimits())
+    ring = KeyRing(store)
+    assert ring.lives(key)
+    (tmp_path / "keys").rename(tmp_path / "elsewhere")
+    monkeypatch.setattr("service.keys._LOOK_AGAIN_SECONDS", 0)
+    assert ring.closed
+    assert ring.find(text) is None
+    assert not ring.lives(key)
+
+
+def test_keys_that_cannot_be_read_are_not_taken_for_none(store: KeyStore, tmp_path: Path) -> None:
+    (tmp_path / "keys").touch()
+    with pytest.raises(StorageUnavailable):
+        _ = KeyRing(store).closed
+
+
+def test_a_damaged_key_opens_nothing_and_leaves_the_others_alone(
+    store: KeyStore, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    damaged, _ = store.create("damaged", KeyLimits())
+    (tmp_path / "keys" / f"{damaged.id}.json").write_bytes(b"")
+    assert KeyRing(store).closed
+    assert f"{damaged.id}.json is damaged" in caplog.text
+    key, text = store.create("whole", KeyLimits())
+    assert KeyRing(store).find(text) == key
+
+
 def test_only_a_key_that_there_is_can_be_revoked(store: KeyStore) -> None:
     with pytest.raises(KeyUnknown, match="no key 000000000000"):
         store.revoke("000000000000")
@@ -98,7 +128,7 @@ def test_a_quota_is_used_up_to_the_last_job_and_byte(
     full = Usage(**{**vars(NOTHING), **usage})
     just_fits = Usage(**{**vars(NOTHING), **{name: value - 1 for name, value in usage.items()}})
     for key, given in ((GIVEN, settings), (own, ServiceSettings())):
-        check_quota(key, just_fits, given, upload_bytes=10)
+        assert check_quota(key, just_fits, given, upload_bytes=10) >= 10
         with pytest.raises(QuotaExceeded, match=complaint):
             check_quota(key, full, given, upload_bytes=10)
 
@@ -116,6 +146,24 @@ def test_a_job_is_its_owners_alone(tmp_path: Path) -> None:
     assert not owners.owns("a", ".lock")
     owners.leave("a", job_id)
     assert not owners.owns("a", job_id)
+
+
+def test_an_upload_under_way_counts_until_it_or_its_process_ends(tmp_path: Path) -> None:
+    storage = JobStorage(tmp_path)
+    storage.prepare()
+    owners = Ownership(storage)
+    with owners.locked("a"):
+        first, second = owners.reserve("a", 5), owners.reserve("a", 7)
+        assert owners.uploads("a") == Usage(active_jobs=2, queued_bytes=12, stored_bytes=12)
+        assert owners.uploads("b") == owners.usage("a") == NOTHING
+        first.release()
+        first.release()
+        assert owners.uploads("a") == Usage(active_jobs=1, queued_bytes=7, stored_bytes=7)
+        (left_behind,) = (tmp_path / "owners" / "a").glob("*.upload")
+        left_behind.rename(left_behind.with_name("00000000-0000-4000-8000-000000000000.upload"))
+        second.release()  # closes what it has locked, as a death would
+        assert owners.uploads("a") == NOTHING
+    assert not list((tmp_path / "owners" / "a").glob("*.upload"))
 
 
 def test_a_job_that_never_came_to_be_is_forgotten_after_a_while(
@@ -140,4 +188,6 @@ def test_basic_authentication_carries_the_key_as_its_password() -> None:
     packed = base64.b64encode(b"anyone:imc_x").decode()
     assert _presented(f"Basic {packed}") == "imc_x"
     assert _presented("bearer imc_x") == "imc_x"
-    assert [_presented(each) for each in ("", "Basic", "Basic %%%", "Digest imc_x", "Basic gICA")] == [""] * 5
+    assert [
+        _presented(each) for each in ("", "Basic", "Basic %%%", "Digest imc_x", "Basic gICA", "Basic ÿÿ")
+    ] == [""] * 6

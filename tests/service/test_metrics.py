@@ -89,7 +89,7 @@ def application(connection: Redis, storage: JobStorage) -> FastAPI:
 def ask(app: FastAPI, path: str, *, method: str = "GET", **given: Any) -> httpx.Response:
     async def answer() -> httpx.Response:
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
             return await client.request(method, path, **given)
 
     return asyncio.run(answer())

@@ -1,3 +1,4 @@
+import errno
 import fcntl
 import os
 import threading
@@ -9,7 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from service.errors import ArtifactNotFound, ArtifactNotReady, AttemptRefused, JobGone, JobNotFound
+from service.errors import (
+    ArtifactNotFound,
+    ArtifactNotReady,
+    AttemptRefused,
+    JobGone,
+    JobNotFound,
+    StorageUnavailable,
+)
 from service.jobs import Artifact, Attempt, AttemptEnd, JobRecord, JobStatus, Outcome, utc_now
 from service.storage import JobStorage, new_job_id
 from tests.service.test_jobs import RECORD
@@ -55,6 +63,29 @@ def test_accepting_moves_the_upload_and_keeps_the_record(storage: JobStorage) ->
     assert storage.load(record.id) == record
     assert storage.source(record.id).read_bytes() == b"video"
     assert not list(storage.uploads.iterdir())
+
+
+def test_a_job_that_cannot_be_made_to_last_is_not_accepted(
+    storage: JobStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The disk refuses the last step, after which all could see the job."""
+    synced = []
+
+    def sync(path: Path) -> None:
+        synced.append(path.name)
+        if path.name == "jobs":
+            raise OSError(errno.EIO, "broken")
+
+    monkeypatch.setattr("service.storage.sync", sync)
+    upload = storage.new_upload()
+    upload.write_bytes(b"video")
+    record = RECORD.model_copy(update={"id": new_job_id()})
+    with pytest.raises(StorageUnavailable):
+        storage.accept(record, upload)
+    assert synced[-1] == "jobs"
+    assert list(storage.job_ids()) == []
+    assert upload.read_bytes() == b"video"
+    assert not [*(storage.root / "trash").iterdir()]
 
 
 def test_job_ids_are_listed_newest_first_and_from_a_cursor_on(storage: JobStorage) -> None:

@@ -22,6 +22,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.routing import Route
 
+from service.durable import remove_older
 from service.errors import PROBLEMS, ImcnetError
 from service.uploads import Upload, receive
 from tests.waiting import wait_until
@@ -33,7 +34,10 @@ FORM_TYPE = "multipart/form-data; boundary=limit"
 
 
 class Server:
-    """``receive`` behind one route. ``uploads`` is where it writes, ``ends`` how its calls ended."""
+    """``receive`` behind one route. ``uploads`` is where it writes, ``ends`` how its calls ended.
+
+    What has been received lies at ``uploads / "taken"``.
+    """
 
     def __init__(self, uploads: Path, limits: dict[str, float]) -> None:
         self.uploads = uploads
@@ -51,7 +55,8 @@ class Server:
 
     async def answer(self, request: Request) -> JSONResponse:
         try:
-            upload = await receive(request, self.uploads / "body.part", **self._limits)
+            async with receive(request, self.uploads / "body.part", **self._limits) as upload:
+                upload.path.rename(self.uploads / "taken")
         except ImcnetError as error:
             self.ends.put(error)
             status = PROBLEMS[error.code].status
@@ -133,7 +138,7 @@ def test_a_raw_body_arrives_as_it_was_sent(server: Server, size: int) -> None:
     answer = httpx.post(server.url, content=data, headers={"Content-Type": "video/mp4"})
     assert answer.status_code == 200
     assert answer.json() == {"filename": None, "bytes": size, "sha256": hashlib.sha256(data).hexdigest()}
-    assert (server.uploads / "body.part").read_bytes() == data
+    assert (server.uploads / "taken").read_bytes() == data
 
 
 def test_a_form_arrives_with_its_fields(server: Server) -> None:
@@ -150,7 +155,7 @@ def test_a_form_arrives_with_its_fields(server: Server) -> None:
         "threshold": ["0.5"],
         "artifacts": ["masks", "overlay"],
     }
-    assert (server.uploads / "body.part").read_bytes() == data
+    assert (server.uploads / "taken").read_bytes() == data
 
 
 @pytest.mark.parametrize("content_type", ["video/mp4", "application/octet-stream", "Video/X-Matroska; a=b"])
@@ -166,7 +171,7 @@ def test_single_bytes_as_chunks_are_put_together(server: Server) -> None:
             connection.sendall(chunked(bytes([value])))
         connection.sendall(chunked(b""))
         assert reply(connection)[0] == 200
-    assert (server.uploads / "body.part").read_bytes() == data
+    assert (server.uploads / "taken").read_bytes() == data
 
 
 def test_a_form_in_awkward_pieces_is_put_together(server: Server) -> None:
@@ -187,7 +192,7 @@ def test_memory_does_not_grow_with_the_body(server: Server) -> None:
 
     httpx.post(server.url, content=b"x", headers={"Content-Type": "video/mp4"})
     server.end()
-    (server.uploads / "body.part").unlink()
+    (server.uploads / "taken").unlink()
     tracemalloc.start()
     try:
         answer = httpx.post(server.url, content=pieces(), headers={"Content-Type": "video/mp4"}, timeout=60)
@@ -384,7 +389,7 @@ def test_a_cancelled_upload_leaves_nothing(tmp_path: Path, pause_seconds: float)
 
 async def _receive(directory: Path, body: Any) -> Upload:
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [(b"content-type", b"video/mp4")]}
-    return await receive(
+    async with receive(
         Request(scope, body),
         directory / "body.part",
         max_upload_bytes=2**40,
@@ -393,4 +398,16 @@ async def _receive(directory: Path, body: Any) -> Upload:
         max_seconds=7200,
         min_bytes_per_second=64 * 1024,
         disk_reserve_bytes=0,
-    )
+    ) as upload:
+        remove_older(directory, age_seconds=-1)
+        assert upload.path.exists()
+        return upload
+
+
+def test_what_waits_for_its_turn_is_not_swept_and_is_gone_in_the_end(tmp_path: Path) -> None:
+    async def body() -> MutableMapping[str, Any]:
+        return {"type": "http.request", "body": b"x"}
+
+    upload = asyncio.run(_receive(tmp_path, body))
+    assert upload.bytes == 1
+    assert list(tmp_path.iterdir()) == []
