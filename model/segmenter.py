@@ -191,7 +191,8 @@ class _Masks:
             self._masks = torch.empty(masks.shape, dtype=masks.dtype, pin_memory=True)
             self._masks.copy_(masks, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            # Of the masks' device, which need not be the current one.
+            self._arrived.record(torch.cuda.current_stream(masks.device))
 
     def __iter__(self) -> Iterator[Mask]:
         if self._arrived is not None:

@@ -400,3 +400,26 @@ def test_masks_on_the_gpu_are_those_of_the_cpu(
         for device in ("cpu", str(cuda_device))
     )
     assert np.array_equal(on_cpu, on_gpu)
+
+
+class Late(TorchEngine):
+    """Its device takes some time for every batch."""
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(10**8)  # cycles
+        return super().decode(windows)
+
+
+@pytest.mark.gpu
+def test_masks_of_another_device_than_the_current_one_are_not_read_before_they_are_there(
+    cuda_device: object, make_network: Callable[..., IMCNet], make_frames: MakeFrames
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device alone")
+    network, frames = make_network().double(), make_frames(20)
+    expected = list(Segmenter(network, device="cpu", input_size=SIZE).segment(frames))
+    segmenter = Segmenter(network, device="cuda:1", input_size=SIZE)
+    segmenter.engines["exact"] = Late(network, device=segmenter.device)
+    with torch.cuda.device(0):
+        assert np.array_equal(list(segmenter.segment(frames)), expected)
