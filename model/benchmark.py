@@ -21,7 +21,7 @@ from torchvision.ops import deform_conv2d
 
 from model.agreement import EXACT_GATE, Agreement, Gate
 from model.deform import DeformableConv
-from model.engine import Engine
+from model.engine import Engine, convolutions
 from model.imcnet import AlignmentStage, FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame, resize_probability
 from model.segmenter import Frame, Mask, Segmenter
@@ -104,6 +104,10 @@ class PublishedLoop:
 
     @torch.inference_mode()
     def run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
+        with convolutions(self._device):
+            return self._run(frames)
+
+    def _run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
         work, masks = Work(cached=self._layout.num_frames), []
         encode = self._network.encode_frame
 

@@ -15,7 +15,7 @@ from typing import Literal, Protocol, TypeVar, get_args
 import torch
 from torch import Tensor, nn
 
-from model.engine import frame_of, maps_of
+from model.engine import convolutions, frame_of, maps_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import MEAN, STD
@@ -161,13 +161,13 @@ class CudaEngine:
 
     def _encode(self, images: Tensor) -> Maps:
         normalised = (images.float() / 255 - self._mean) / self._std
-        with _convolutions():
+        with convolutions(self.device, benchmark=True):
             frame = self._network.encode_frame(normalised.to(self._dtype, memory_format=torch.channels_last))
         return maps_of(frame)
 
     def _decode(self, *maps: Tensor) -> Maps:
         starts = range(0, len(maps), _MAPS_A_FRAME)
-        with _convolutions():
+        with convolutions(self.device, benchmark=True):
             logits = self._network.decode_window(
                 [frame_of(maps[start : start + _MAPS_A_FRAME]) for start in starts]
             )
@@ -278,14 +278,6 @@ class GraphRunner:
 
 def _stream() -> torch.cuda.Stream:
     return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
-def _convolutions() -> AbstractContextManager[None]:
-    """How cuDNN works here: by the fastest kernel for each shape, which it finds out when warming up."""
-    settings: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, benchmark=True, allow_tf32=False
-    )
-    return settings
 
 
 # ---- Bringing images to the device --------------------------------------------------------------------
