@@ -1,7 +1,6 @@
 """The worker's and the horse's side of the engine. No torch in here."""
 
 import contextlib
-import itertools
 import logging
 import os
 import select
@@ -16,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -174,6 +174,7 @@ class EngineStream:
         self._sender_error: BaseException | None = None
         self._last_activity = time.monotonic()
         self._decoding = False
+        self._over = False
         self.decode_s = 0.0
         self.inference_s = 0.0
 
@@ -194,9 +195,12 @@ class EngineStream:
                 raise EngineFailed("The segmentation engine died.") from error
 
     def segment(
-        self, frames: Iterable[VideoFrame], request: StreamRequest
+        self, frames: Iterable[VideoFrame | None], request: StreamRequest
     ) -> Generator[SegmentedFrame, None, None]:
         """Send all ``frames`` through the engine and yield those that get masks with them, in order.
+
+        None among the frames stands for one that is skipped. A stream that is given up ends with the frame
+        that is being decoded, or skipped, at the time.
 
         Raises:
             EngineFailed: The engine died, hung or reported an error. It is dead now; the worker sees that and
@@ -210,22 +214,16 @@ class EngineStream:
             try:
                 yield from self._receive(connection, request)
             finally:
+                self._over = True
                 _hang_up(connection)
                 sender.join()
 
-    def _send(self, connection: Connection, frames: Iterable[VideoFrame], request: StreamRequest) -> None:
+    def _send(
+        self, connection: Connection, frames: Iterable[VideoFrame | None], request: StreamRequest
+    ) -> None:
         try:
             connection.send_bytes(request.model_dump_json().encode())
-            iterator = iter(frames)
-            for index in itertools.count():
-                began = time.monotonic()
-                self._decoding = True
-                frame = next(iterator, None)
-                self._last_activity = time.monotonic()
-                self._decoding = False
-                self.decode_s += self._last_activity - began
-                if frame is None:
-                    break
+            for index, frame in enumerate(self._decoded(frames)):
                 if index >= request.start:
                     self._pending.append(frame)
                 connection.send_bytes(frame.image.data.cast("B"))
@@ -235,6 +233,22 @@ class EngineStream:
             return  # the receiving side sees the same, and says so
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._sender_error = error
+
+    def _decoded(self, frames: Iterable[VideoFrame | None]) -> Iterator[VideoFrame]:
+        """Those that are not skipped, until the stream is over. The time that it takes is accounted for."""
+        began = time.monotonic()
+        self._decoding = True
+        for frame in chain(frames, (None,)):  # one more, for what it takes to find the end
+            self._last_activity = time.monotonic()
+            self._decoding = False
+            self.decode_s += self._last_activity - began
+            if self._over:
+                return
+            if frame is not None:
+                yield frame
+            began = time.monotonic()
+            self._decoding = True
+        self._decoding = False
 
     def _receive(self, connection: Connection, request: StreamRequest) -> Iterator[SegmentedFrame]:
         while True:

@@ -225,6 +225,32 @@ def test_a_stream_that_is_given_up_leaves_the_engine_warm(engine: EngineProcess)
     assert engine.pid == pid
 
 
+def test_a_stream_that_is_given_up_while_frames_are_skipped_does_not_wait_for_the_first(
+    engine: EngineProcess,
+) -> None:
+    """Up to the point where a job goes on there may be hours of video."""
+    began = time.monotonic()
+
+    def a_minute() -> Iterator[VideoFrame | None]:
+        while time.monotonic() < began + 60:
+            time.sleep(0.01)
+            yield None
+
+    def stop_after_a_second() -> None:
+        if time.monotonic() > began + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(engine, tick=stop_after_a_second).segment(a_minute(), REQUEST))
+    assert time.monotonic() < began + 20
+    assert engine.is_idle(timeout_seconds=10)
+
+
+def test_frames_that_are_skipped_are_not_sent(engine: EngineProcess) -> None:
+    mixed = (frame for wanted in frames(3) for frame in (None, wanted, None))
+    assert [each.frame.pts for each in stream(engine).segment(mixed, REQUEST)] == [0, 1, 2]
+
+
 def test_an_error_while_decoding_reaches_the_caller(engine: EngineProcess) -> None:
     def broken() -> Iterator[VideoFrame]:
         yield from frames(2)
