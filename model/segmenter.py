@@ -66,6 +66,11 @@ class Segmenter:
         network, info = load_weights(path)
         return cls(network, device=device, input_size=input_size or info.input_size)
 
+    def reads_ahead(self, quality: Quality) -> int:
+        """The most frames that are read, from the first that is segmented on, before its mask is given."""
+        engine = self.engines[quality]
+        return self.layout.margin + (1 + engine.lag) * engine.batch
+
     def segment(
         self,
         frames: Iterable[Frame],
@@ -80,11 +85,11 @@ class Segmenter:
 
         ``frames[start:stop]`` are segmented; the others serve as their context. So a part of a video gets
         exactly the masks that it has within the whole, given ``layout.margin`` frames on each side.
-        On a CPU, where the engine takes one window at a time, never more than ``layout.margin`` frames are
-        read ahead of a mask; on CUDA up to two batches more. The features of at most ``2 * layout.margin``
-        frames and a batch are held, once a view. At an input size of 480, in float32, one view of a frame
-        takes 28 MB with resnet101 and 7 MB with resnet18; the nine of ``multi_scale`` take 11.7 times as
-        much, and as much more time.
+        A mask comes before more than ``reads_ahead`` frames are read from its own on: on a CPU, where the
+        engine takes one window at a time, those of the window alone; on CUDA two batches more. The features
+        of at most ``2 * layout.margin`` frames and a batch are held, once a view. At an input size of 480,
+        in float32, one view of a frame takes 28 MB with resnet101 and 7 MB with resnet18; the nine of
+        ``multi_scale`` take 11.7 times as much, and as much more time.
 
         Args:
             frames: RGB, ``(H, W, 3)`` uint8, all of one size. A buffer may be used again for the next frame.

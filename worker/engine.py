@@ -110,7 +110,11 @@ class _Served:
             self._add_fast()
         instead: Quality | None = None if quality in self.segmenter.engines else "exact"
         engine = self.segmenter.engines[instead or quality]
-        return EngineAnswer(engine=EngineInfo(name=engine.name, device=engine.device.type), instead=instead)
+        return EngineAnswer(
+            engine=EngineInfo(name=engine.name, device=engine.device.type),
+            instead=instead,
+            max_pending=self.segmenter.reads_ahead(instead or quality) + _FRAMES_AHEAD + _MASKS_BEHIND,
+        )
 
     def _add_fast(self) -> None:
         try:

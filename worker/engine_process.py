@@ -154,7 +154,7 @@ class EngineStream:
     """One video's way through the engine, from the horse.
 
     A thread of its own reads and sends the frames, so that decoding runs beside the network, and the caller's
-    thread is always free to be stopped.
+    thread is always free to be stopped. It holds no more frames than the engine needs to go on.
 
     Args:
         socket_path, engine_pid: The engine.
@@ -208,6 +208,7 @@ class EngineStream:
             BaseException: Whatever ``frames`` or ``tick`` raise, as it is.
         """
         self._last_activity = time.monotonic()
+        self._room = threading.Semaphore(request.max_pending)
         with self._fatal(), _connected(self._socket_path) as connection:
             sender = threading.Thread(target=self._send, args=(connection, frames, request), daemon=True)
             sender.start()
@@ -215,6 +216,7 @@ class EngineStream:
                 yield from self._receive(connection, request)
             finally:
                 self._over = True
+                self._room.release()
                 _hang_up(connection)
                 sender.join()
 
@@ -225,6 +227,7 @@ class EngineStream:
             connection.send_bytes(request.model_dump_json().encode())
             for index, frame in enumerate(self._decoded(frames)):
                 if index >= request.start:
+                    self._room.acquire()
                     self._pending.append(frame)
                 connection.send_bytes(frame.image.data.cast("B"))
                 self._last_activity = time.monotonic()
@@ -261,7 +264,9 @@ class EngineStream:
             kind, body = message[:1], message[1:]
             if kind == MASK:
                 mask, self.inference_s = request.parse_mask(body)
-                yield SegmentedFrame(frame=self._pending.popleft(), mask=mask)
+                frame = self._pending.popleft()
+                self._room.release()
+                yield SegmentedFrame(frame=frame, mask=mask)
             elif kind == DONE:
                 return
             elif kind != TAKEN:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.engine import TorchEngine
+from model.engine import TorchEngine, frame_of
 from model.errors import DeviceError, WeightsError
 from model.imcnet import FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame
@@ -190,6 +190,23 @@ class Batches(TorchEngine):
         return super().encode(images)
 
 
+class Flat(Batches):
+    """Sees nothing, at once. ``encoded`` and ``decoded`` are its batches, a frame told by its first pixel."""
+
+    def __init__(self, network: IMCNet, batch: int) -> None:
+        super().__init__(network, batch)
+        self.encoded: list[list[int]] = []
+        self.decoded: list[list[int]] = []
+
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        self.encoded.append([int(image[0, 0, 0]) for image in images])
+        return [frame_of([image[None, :1, :1, :1].float()] * 5) for image in images]
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        self.decoded.append([int(window[len(window) // 2].key) for window in windows])
+        return torch.zeros(len(windows), 1, 8, 8)
+
+
 @EVERY_QUALITY
 @pytest.mark.parametrize(("batch", "count"), [(2, 13), (4, 14), (4, 3), (4, 1), (16, 14)])
 def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_window(
@@ -202,10 +219,32 @@ def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_windo
     stream = Stream(frames)
     for center, mask in enumerate(segmenter.segment(stream, quality=quality)):
         assert np.array_equal(mask, expected[center])
-        assert stream.read <= center + segmenter.layout.margin + 2 * batch
+        assert stream.read <= center + segmenter.reads_ahead(quality)
     assert center == count - 1
     assert sum(engine.sizes) == VIEWS[quality] * count
     assert max(engine.sizes) <= batch
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "frame_stride", "batch"), [(3, 4, 8), (7, 6, 8), (3, 1, 1), (5, 2, 3)]
+)
+def test_it_is_told_how_many_frames_are_read_ahead_of_a_mask(
+    make_network: Callable[..., IMCNet],
+    make_frames: MakeFrames,
+    num_frames: int,
+    frame_stride: int,
+    batch: int,
+) -> None:
+    """No more, or frames pile up; and no fewer, or masks and frames wait for each other."""
+    network = make_network(num_frames, frame_stride)
+    segmenter = Segmenter(network, device="cpu", input_size=32)
+    segmenter.engines["exact"] = Flat(network, batch)
+    for start in (0, 5):
+        stream = Stream(make_frames(70))
+        ahead = [
+            stream.read - start - count for count, _ in enumerate(segmenter.segment(stream, start=start))
+        ]
+        assert max(ahead) == segmenter.reads_ahead("exact") == segmenter.layout.margin + 2 * batch
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,7 @@ REQUEST = StreamRequest(
     threshold=0.5,
     quality="exact",
     start=0,
+    max_pending=13,
 )
 
 
@@ -107,7 +108,10 @@ def test_the_engines_masks_are_the_segmenters(
 
 def test_it_says_what_computes_a_quality(engine: EngineProcess) -> None:
     answers = [stream(engine).prepare(quality, timeout_seconds=300) for quality in ("exact", "multi_scale")]
-    assert answers == [EngineAnswer(engine=EngineInfo(name="torch-float32", device="cpu"))] * 2
+    expected = EngineAnswer(
+        engine=EngineInfo(name="torch-float32", device="cpu"), max_pending=REQUEST.max_pending
+    )
+    assert answers == [expected] * 2
 
 
 def test_masks_that_cannot_be_compared_open_no_gate(engine: EngineProcess) -> None:
@@ -302,7 +306,8 @@ def test_an_engine_is_not_hanging_while_it_takes_frames(tmp_path: Path) -> None:
     init_weights(weights, IMCNetConfig("resnet18", frame_stride=30), seed=0)
     engine = EngineProcess(settings(weights, input_size=32))
     engine.ensure_running()
-    request = REQUEST.model_copy(update={"height": 16, "width": 16, "quality": "multi_scale"})
+    small = {"height": 16, "width": 16, "quality": "multi_scale"}
+    request = REQUEST.model_copy(update={**small, "max_pending": 31})
 
     def seconds_to_the_first_mask(stall_seconds: float) -> float:
         # So small that the socket takes them all at once: only the engine knows how far it is.
@@ -329,7 +334,9 @@ def test_frames_of_another_size_than_announced_end_the_engine(engine: EngineProc
     assert engine.pid != pid
 
 
-def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
+@pytest.mark.parametrize("side", [40, 4000])
+def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess, side: int) -> None:
+    """Small masks would wait in the sockets by the hundred, and as many frames in memory."""
     decoded = 0
 
     def counted() -> Iterator[VideoFrame]:
@@ -338,11 +345,11 @@ def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
             decoded += 1
             yield frame
 
-    large_masks = REQUEST.model_copy(update={"mask_height": 4000, "mask_width": 4000})
-    segmented = stream(engine).segment(counted(), large_masks)
+    request = REQUEST.model_copy(update={"mask_height": side, "mask_width": side})
+    segmented = stream(engine).segment(counted(), request)
     next(segmented)
-    time.sleep(2)  # nobody takes masks meanwhile: the sockets fill up, and nothing else does
-    assert decoded < 200
+    time.sleep(2)  # nobody takes masks meanwhile
+    assert decoded <= 1 + REQUEST.max_pending + 1  # done, waiting, and the one that would be the next
     segmented.close()
 
 
