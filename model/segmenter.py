@@ -18,7 +18,7 @@ from model.preprocess import resize_frame, resize_probability
 from model.shipped import SHIPPED_WEIGHTS
 from model.views import Quality, View, views_of
 from model.weights import load_weights
-from model.windows import WindowLayout
+from model.windows import WindowLayout, batches_of
 
 Frame = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -79,6 +79,7 @@ class Segmenter:
         output_size: tuple[int, int] | None = None,
         start: int = 0,
         stop: int | None = None,
+        span_frames: int | None = None,
         quality: Quality = "exact",
     ) -> Iterator[Mask]:
         """Segment a stream, one mask a frame, in order, as the frames come.
@@ -98,6 +99,8 @@ class Segmenter:
             start: First frame to segment.
             stop: Frame to stop before; by default the end of the stream. If the stream ends earlier, so do
                 the masks.
+            span_frames: No batch of windows reaches over the end of a span of so many frames, counted from
+                ``start``: each span has those batches that it has when it is segmented by itself.
             quality: How often each frame is looked at, and how, see ``model.views``. What is compared with
                 the threshold is the mean of the views' probabilities, each brought to the masks' size.
 
@@ -115,10 +118,14 @@ class Segmenter:
             raise ValueError(f"output_size must be positive, got {output_size}")
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
+        if span_frames is not None and span_frames < 1:
+            raise ValueError(f"span_frames must be positive, got {span_frames}")
         views = views_of(quality, self.input_size)
         if quality not in self.engines:
             raise EngineUnavailable(f"no engine for quality {quality!r} has been added")
-        return self._masks(self.engines[quality], frames, views, threshold, output_size, start, stop)
+        engine = self.engines[quality]
+        batches = batches_of(start, stop, batch=engine.batch, span_frames=span_frames)
+        return self._masks(engine, frames, views, threshold, output_size, start, batches)
 
     def _masks(
         self,
@@ -128,35 +135,32 @@ class Segmenter:
         threshold: float,
         size: tuple[int, int] | None,
         start: int,
-        stop: int | None,
+        batches: Iterator[range],
     ) -> Iterator[Mask]:
-        batch, layout = engine.batch, self.layout
+        layout = self.layout
         stream = _checked(frames)
         first = layout.first_needed(start)
         count = sum(1 for _ in islice(stream, first))  # what lies before serves no window of the span
         held: dict[int, tuple[FrameFeatures, ...]] = {}
         computed: deque[_Masks] = deque()
-        center = start
-        while stop is None or center < stop:
-            after = center + batch if stop is None else min(center + batch, stop)
-            while missing := layout.last_needed(after - 1) + 1 - count:
+        for centers in batches:
+            while missing := layout.last_needed(centers[-1]) + 1 - count:
                 group = []
-                for frame in islice(stream, min(batch, missing)):
+                for frame in islice(stream, min(engine.batch, missing)):
                     size = size or frame.shape[:2]
                     group.append([resize_frame(frame, view.size).flip(view.mirrored) for view in views])
                 if not group:
                     break  # the stream has ended
                 held.update(enumerate(_encode(engine, group), start=count))
                 count += len(group)
-            centers = range(center, min(after, count))
+            centers = range(centers.start, min(centers.stop, count))
             if size is None or not centers:
                 break
             windows = [[held[index] for index in layout.indices(each, last=count - 1)] for each in centers]
             computed.append(_decode(engine, windows, views, size, threshold))
             del windows
-            for index in range(layout.first_needed(center), layout.first_needed(centers.stop)):
+            for index in range(layout.first_needed(centers.start), layout.first_needed(centers.stop)):
                 held.pop(index, None)
-            center = centers.stop
             if len(computed) > engine.lag:
                 yield from computed.popleft()
         for masks in computed:

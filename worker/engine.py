@@ -222,6 +222,7 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
             threshold=request.threshold,
             output_size=(request.mask_height, request.mask_width),
             start=request.start,
+            span_frames=request.span_frames,
             quality=request.quality,
         )
         for mask in masks:

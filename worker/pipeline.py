@@ -82,6 +82,7 @@ def run_job(
         threshold=record.options.threshold,
         quality=prepared.instead or record.options.quality,
         start=context,
+        span_frames=spans.length,
         max_pending=prepared.max_pending,
     )
     with (

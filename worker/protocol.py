@@ -83,8 +83,9 @@ class EngineAnswer(_Message):
 class StreamRequest(_Message):
     """Frames of ``height`` × ``width`` pixels come, masks of ``mask_height`` × ``mask_width`` are wanted.
 
-    The first ``start`` frames are context, and get no mask. Of the others no more than ``max_pending`` are
-    sent before their masks are taken. Job and attempt are for the log.
+    The first ``start`` frames are context, and get no mask. After every ``span_frames`` of the others a span
+    ends; no more than ``max_pending`` of them are sent before their masks are taken. Job and attempt are for
+    the log.
     """
 
     job_id: str
@@ -96,6 +97,7 @@ class StreamRequest(_Message):
     threshold: float
     quality: Quality
     start: int
+    span_frames: int
     max_pending: int
 
     def parse_frame(self, message: bytes) -> Frame:

@@ -247,6 +247,28 @@ def test_it_is_told_how_many_frames_are_read_ahead_of_a_mask(
         assert max(ahead) == segmenter.reads_ahead("exact") == segmenter.layout.margin + 2 * batch
 
 
+@pytest.mark.parametrize("span", [16, 20])
+def test_a_span_by_itself_has_the_batches_that_it_has_within_the_whole(network: IMCNet, span: int) -> None:
+    segmenter = Segmenter(network, device="cpu", input_size=32)
+    margin = segmenter.layout.margin
+    frames = [np.full((32, 32, 3), index, np.uint8) for index in range(50)]
+
+    def batches(first: int, start: int) -> Flat:
+        segmenter.engines["exact"] = engine = Flat(network, 8)
+        assert (
+            len(list(segmenter.segment(frames[first:], start=start, span_frames=span))) == 50 - first - start
+        )
+        return engine
+
+    whole = batches(0, 0)
+    assert {index for batch in whole.decoded for index in batch} == set(range(50))
+    for begin in range(span, 50, span):
+        part = batches(begin - margin, margin)
+        assert part.decoded == [batch for batch in whole.decoded if batch[0] >= begin]
+        if span % 8 == 0:
+            assert part.encoded == [batch for batch in whole.encoded if batch[0] >= begin - margin]
+
+
 @pytest.fixture(scope="module")
 def whole(network: IMCNet, make_frames: MakeFrames) -> Tensor:
     """The masks of fourteen frames, segmented in one go."""
@@ -353,6 +375,7 @@ def test_inference_mode_does_not_leak_between_masks(segmenter: Segmenter, make_f
         ({"output_size": (0, 5)}, r"output_size must be positive, got \(0, 5\)"),
         ({"quality": "best"}, "quality must be one of fast, exact, multi_scale, got 'best'"),
         ({"start": -1}, "0 <= start <= stop, got -1 and None"),
+        ({"span_frames": 0}, "span_frames must be positive, got 0"),
         ({"start": 3, "stop": 2}, "0 <= start <= stop, got 3 and 2"),
     ],
 )

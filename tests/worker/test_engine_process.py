@@ -35,6 +35,7 @@ REQUEST = StreamRequest(
     threshold=0.5,
     quality="exact",
     start=0,
+    span_frames=256,
     max_pending=13,
 )
 
