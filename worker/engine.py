@@ -28,7 +28,7 @@ from model.engines import add_fast_engine, graphs_beside, use_openvino
 from model.errors import ModelError
 from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
-from model.stages import WriteBehind, read_ahead
+from model.stages import Stopwatch, WriteBehind, read_ahead
 from model.weights import file_sha256, load_weights
 from service.jobs import EngineInfo, ModelInfo, Quality
 from service.logs import configure_logging
@@ -211,7 +211,7 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
                 return
             yield request.parse_frame(message)
 
-    idle = _Stopwatch()
+    idle = Stopwatch()
     with (
         closing(read_ahead(received(), limit=_FRAMES_AHEAD)) as frames,
         WriteBehind(limit=_MASKS_BEHIND) as out,
@@ -234,28 +234,6 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
 
 def _send_mask(send: Callable[[bytes], None], mask: Mask, busy_seconds: float) -> None:
     send(pack_mask(mask, busy_seconds))
-
-
-class _Stopwatch:
-    """Adds up the time spent in its blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.monotonic() - self._began
-
-    def during_each(self, items: Iterator[Frame]) -> Iterator[Frame]:
-        """The same items; the time that it takes to get them counts."""
-        while True:
-            with self:
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
 
 
 if __name__ == "__main__":
