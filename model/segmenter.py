@@ -187,7 +187,9 @@ def _decode(
         probabilities = resize_probability(seen.flip(view.mirrored), size)
         total = probabilities if total is None else total + probabilities
     assert total is not None, "every quality has a view"
-    return _Masks((total / len(views) >= threshold)[:, 0])
+    # A single view needs no division, which would write a whole map.
+    mean = total if len(views) == 1 else total / len(views)
+    return _Masks((mean >= threshold)[:, 0])
 
 
 class _Masks:
