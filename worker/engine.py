@@ -109,11 +109,12 @@ class _Served:
         if quality == "fast" and "fast" not in self.segmenter.engines and self.no_fast is None:
             self._add_fast()
         instead: Quality | None = None if quality in self.segmenter.engines else "exact"
-        engine = self.segmenter.engines[instead or quality]
+        runs = instead or quality
+        engine = self.segmenter.engines[runs]
         return EngineAnswer(
-            engine=EngineInfo(name=engine.name, device=engine.device.type),
+            engine=EngineInfo(name=engine.name, device=engine.device.type, quality=runs),
             instead=instead,
-            max_pending=self.segmenter.reads_ahead(instead or quality) + _FRAMES_AHEAD + _MASKS_BEHIND,
+            max_pending=self.segmenter.reads_ahead(runs) + _FRAMES_AHEAD + _MASKS_BEHIND,
         )
 
     def _add_fast(self) -> None:

@@ -108,18 +108,19 @@ def test_the_engines_masks_are_the_segmenters(
 
 
 def test_it_says_what_computes_a_quality(engine: EngineProcess) -> None:
-    answers = [stream(engine).prepare(quality, timeout_seconds=300) for quality in ("exact", "multi_scale")]
-    expected = EngineAnswer(
-        engine=EngineInfo(name="torch-float32", device="cpu"), max_pending=REQUEST.max_pending
-    )
-    assert answers == [expected] * 2
+    qualities: list[Quality] = ["exact", "multi_scale"]
+    for quality in qualities:
+        assert stream(engine).prepare(quality, timeout_seconds=300) == EngineAnswer(
+            engine=EngineInfo(name="torch-float32", device="cpu", quality=quality),
+            max_pending=REQUEST.max_pending,
+        )
 
 
 def test_masks_that_cannot_be_compared_open_no_gate(engine: EngineProcess) -> None:
     """An untrained network sees objects nowhere, or everywhere."""
     pytest.importorskip("openvino", reason="needs imcnet[cpu]")
     answer = stream(engine).prepare("fast", timeout_seconds=300)
-    assert (answer.engine.name, answer.instead) == ("torch-float32", "exact")
+    assert (answer.engine.name, answer.engine.quality, answer.instead) == ("torch-float32", "exact", "exact")
     assert len(list(stream(engine).segment(frames(3), REQUEST))) == 3
 
 
