@@ -111,7 +111,7 @@ def fused_deform_conv2d(features: Tensor, offsets: Tensor, weight: Tensor, bias:
         product_type = tl.float32  # the interpreter multiplies the bits of bfloat16 as if they were integers
     grid = (triton.cdiv(height * width, BLOCK_PIXELS), count)
     # Triton launches on the current device, not on that of the operands.
-    with torch.cuda.device_of(features), _compiling():  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(features), compiling():  # type: ignore[no-untyped-call]
         _deform_kernel[grid](
             *(features, offsets, weight, bias, output),
             *(height, width),
@@ -128,7 +128,8 @@ def fused_deform_conv2d(features: Tensor, offsets: Tensor, weight: Tensor, bias:
 
 
 @contextmanager
-def _compiling() -> Iterator[None]:
+def compiling() -> Iterator[None]:
+    """Raises: EngineUnavailable: Within the block, Triton, or the compiler that it calls, has failed."""
     try:
         yield
     except (TritonError, SubprocessError, ImportError) as error:  # its own, a compiler's, of what came out

@@ -24,7 +24,7 @@ import structlog
 import torch
 from pydantic import TypeAdapter
 
-from model.engines import add_fast_engine, graphs_beside, use_openvino
+from model.engines import add_fast_engine, graphs_beside, trying_out, use_openvino
 from model.errors import ModelError
 from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
@@ -122,8 +122,10 @@ class _Served:
             # From the file again: engines copy what they need of a network, and none is kept besides.
             network, _ = load_weights(self.weights, sha256=self.model.weights_sha256)
             add_fast_engine(self.segmenter, network, graphs=self.graphs)
-            _warm_up(self.segmenter, "fast")
+            with trying_out():
+                _warm_up(self.segmenter, "fast")
         except ModelError as error:
+            self.segmenter.engines.pop("fast", None)
             self.no_fast = str(error)
             logger.warning("Jobs of quality `fast` are computed as `exact`: %s", error)
 
