@@ -156,7 +156,7 @@ class Job:
                 SpanStore(self._directory / "spans", span),
                 stream=stream,
                 model=self._engine.model,
-                prepared=EngineAnswer(engine=EngineInfo(name="stand-in", device="cpu")),
+                prepared=EngineAnswer(engine=EngineInfo(name="stand-in", device="cpu"), max_pending=32),
                 margin_frames=self._engine.margin_frames,
                 attempt=1,
                 started_at=utc_now(),

@@ -14,7 +14,7 @@ from model.segmenter import Segmenter
 from model.views import Quality
 
 _SCENES = 3
-_FRAMES = 4  # of a stride of 4, windows repeat the first and the last
+_FRAMES = 4  # at least; of a stride of 4, windows repeat the first and the last
 _OBJECTS = 4  # a network that misses some still has something to show
 _HEIGHT, _WIDTH = 240, 432
 _MIN_FOREGROUND = 1e-3
@@ -45,6 +45,11 @@ class Agreement:
             foreground=union / ours.size,
         )
 
+    @property
+    def tells_something(self) -> bool:
+        """Whether there is both foreground and background: masks of one value agree whatever they show."""
+        return _MIN_FOREGROUND <= self.foreground <= 1 - _MIN_FOREGROUND
+
 
 @dataclass(frozen=True)
 class Gate:
@@ -59,11 +64,16 @@ class Gate:
     min_iou: float = 0.0
 
     def allows(self, agreement: Agreement) -> bool:
-        return agreement.flipped <= self.max_flipped and agreement.iou >= self.min_iou
+        """Whether the masks hold to it, and there was something to compare."""
+        return (
+            agreement.tells_something
+            and agreement.flipped <= self.max_flipped
+            and agreement.iou >= self.min_iou
+        )
 
     def check(self, agreement: Agreement) -> None:
         """Raises: EngineUnavailable: The masks differ too much, or there was nothing to compare."""
-        if not _MIN_FOREGROUND <= agreement.foreground <= 1 - _MIN_FOREGROUND:
+        if not agreement.tells_something:
             raise EngineUnavailable(
                 "with these weights its masks cannot be told right from wrong: foreground is nothing or all"
             )
@@ -91,17 +101,20 @@ def measure_agreement(segmenter: Segmenter, *engines: Engine) -> list[Agreement]
     Returns:
         One agreement an engine.
     """
-    expected = _segment_scenes(segmenter, "exact")
+    # What works on batches is to have a full one too: other kernels than for a few frames may compute it.
+    batched = [engine.batch + segmenter.layout.margin for engine in engines if engine.batch > 1]
+    frames = max([_FRAMES, *batched])
+    expected = _segment_scenes(segmenter, "exact", frames)
     agreements = []
     for engine in engines:
         segmenter.engines["fast"] = engine
-        agreements.append(Agreement.of(_segment_scenes(segmenter, "fast"), expected))
+        agreements.append(Agreement.of(_segment_scenes(segmenter, "fast", frames), expected))
     return agreements
 
 
-def _segment_scenes(segmenter: Segmenter, quality: Quality) -> list[NDArray[np.bool_]]:
+def _segment_scenes(segmenter: Segmenter, quality: Quality, frames: int) -> list[NDArray[np.bool_]]:
     masks: list[NDArray[np.bool_]] = []
     for seed in range(_SCENES):
-        scene = render_scene(frames=_FRAMES, height=_HEIGHT, width=_WIDTH, objects=_OBJECTS, seed=seed)
+        scene = render_scene(frames=frames, height=_HEIGHT, width=_WIDTH, objects=_OBJECTS, seed=seed)
         masks += segmenter.segment((image for image, _ in scene), quality=quality)
     return masks

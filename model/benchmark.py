@@ -21,10 +21,11 @@ from torchvision.ops import deform_conv2d
 
 from model.agreement import EXACT_GATE, Agreement, Gate
 from model.deform import DeformableConv
-from model.engine import Engine
+from model.engine import Engine, convolutions
 from model.imcnet import AlignmentStage, FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame, resize_probability
 from model.segmenter import Frame, Mask, Segmenter
+from model.stages import Stopwatch
 from model.variants import build_network
 from model.windows import WindowLayout
 
@@ -36,9 +37,10 @@ class Work:
     Attributes:
         encoded: Frames that were encoded.
         cached: The most frames whose features were held at a time.
-        encode_s, window_s: Seconds spent encoding, and on the rest of the network.
+        encode_s, window_s: Seconds that the device spent encoding, and on the rest of the network.
         seconds: All in all, from the first frame to the last mask.
         memory_mib: Resident memory at the peak, beyond that at the beginning.
+        device_mib: Memory of the GPU at the peak; what the other candidates hold is part of it.
     """
 
     encoded: int = 0
@@ -47,6 +49,7 @@ class Work:
     window_s: float = 0.0
     seconds: float = 0.0
     memory_mib: float = 0.0
+    device_mib: float = 0.0
 
 
 @dataclass(kw_only=True)
@@ -104,29 +107,33 @@ class PublishedLoop:
 
     @torch.inference_mode()
     def run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
+        with convolutions(self._device):
+            return self._run(frames)
+
+    def _run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
         work, masks = Work(cached=self._layout.num_frames), []
         encode = self._network.encode_frame
+        encoding, all_of_it = DeviceClock(self._device), DeviceClock(self._device)
 
         def timed(images: Tensor) -> FrameFeatures:
-            began = _now(self._device)
-            features = encode(images)
-            work.encode_s += _now(self._device) - began
             work.encoded += 1
-            return features
+            with encoding:
+                return encode(images)
 
         self._network.encode_frame = timed  # type: ignore[method-assign]
         try:
             for center in range(len(frames)):
                 window = self._layout.indices(center, last=len(frames) - 1)
                 images = torch.stack([resize_frame(frames[index], self._size) for index in window])
-                began, encoded_before = _now(self._device), work.encode_s
-                windows = normalise(images.to(self._device), self._dtype).unsqueeze(0)
-                probability = foreground_probability(self._network(windows).logits)
-                work.window_s += _now(self._device) - began - (work.encode_s - encoded_before)
+                with all_of_it:
+                    windows = normalise(images.to(self._device), self._dtype).unsqueeze(0)
+                    probability = foreground_probability(self._network(windows).logits)
                 probability = resize_probability(probability, frames[0].shape[:2])
                 masks.append((probability >= 0.5)[0, 0].cpu().numpy())
         finally:
             self._network.encode_frame = encode  # type: ignore[method-assign]
+        work.encode_s = encoding.seconds
+        work.window_s = all_of_it.seconds - encoding.seconds
         return masks, work
 
 
@@ -140,31 +147,72 @@ class _TorchvisionDeform(nn.Module):
         return sampled
 
 
+class DeviceClock:
+    """Adds up the time that a device spends on its blocks.
+
+    On CUDA that is measured on the device, and nobody waits for it before ``seconds`` is asked for.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._on_host = Stopwatch()
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+
+    def __enter__(self) -> None:
+        if self._device.type == "cuda":
+            begins, ends = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            self._events.append((begins, ends))
+            begins.record(torch.cuda.current_stream(self._device))
+        else:
+            self._on_host.__enter__()
+
+    def __exit__(self, *_: object) -> None:
+        if self._device.type == "cuda":
+            self._events[-1][1].record(torch.cuda.current_stream(self._device))
+        else:
+            self._on_host.__exit__()
+
+    @property
+    def seconds(self) -> float:
+        if self._events:
+            torch.cuda.synchronize(self._device)
+        milliseconds: float = sum(begun.elapsed_time(ended) for begun, ended in self._events)
+        return self._on_host.seconds + milliseconds / 1000
+
+
 class Observed:
-    """An engine, and an account of what it does."""
+    """An engine, and an account of what it does.
+
+    Attributes:
+        calls: What the caller spends in its calls; on CUDA, that is not what the device spends on them.
+    """
 
     def __init__(self, engine: Engine) -> None:
         self.name, self.device, self.batch, self.lag = engine.name, engine.device, engine.batch, engine.lag
-        self.work = Work()
+        self.calls = Stopwatch()
+        self._work = Work()
+        self._encoding, self._windows = DeviceClock(engine.device), DeviceClock(engine.device)
         self._engine = engine
         self._alive: weakref.WeakSet[FrameFeatures] = weakref.WeakSet()
 
     def encode(self, images: Tensor) -> list[FrameFeatures]:
-        began = _now(self.device)
-        features = self._engine.encode(images)
-        self.work.encode_s += _now(self.device) - began
-        self.work.encoded += len(images)
+        with self.calls, self._encoding:
+            features = self._engine.encode(images)
+        self._work.encoded += len(images)
         # A frame that is looked at several times leaves several entries; here it is looked at once.
         for each in features:
             self._alive.add(each)
-        self.work.cached = max(self.work.cached, len(self._alive))
+        self._work.cached = max(self._work.cached, len(self._alive))
         return features
 
     def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
-        began = _now(self.device)
-        probabilities = self._engine.decode(windows)
-        self.work.window_s += _now(self.device) - began
-        return probabilities
+        with self.calls, self._windows:
+            return self._engine.decode(windows)
+
+    @property
+    def work(self) -> Work:
+        self._work.encode_s, self._work.window_s = self._encoding.seconds, self._windows.seconds
+        return self._work
 
 
 def compare(
@@ -183,7 +231,8 @@ def compare(
 
     Yields:
         After each round the results so far: of the published loop, of the same with the faster deformable
-        convolution, and of our engines. A round before the first warms up, and does not count.
+        convolution, and of our engines. A round before the first warms up, and does not count: on CUDA with
+        all frames, so that every batch has been captured, or its kernels chosen.
     """
     segmenter = Segmenter(network, device=str(device), input_size=input_size)
 
@@ -203,11 +252,11 @@ def compare(
     }
     results = [Result(name=name, frames=len(frames), gate=gate) for name, (_, gate) in runs.items()]
     for run, _ in runs.values():
-        run(frames[:2])
+        run(frames if device.type == "cuda" else frames[:2])
     for _ in range(rounds):
         published: list[Mask] = []
         for result, (run, _) in zip(results, runs.values(), strict=True):
-            masks, work = _measured(run, frames)
+            masks, work = _measured(run, frames, device)
             published = published or masks
             result.runs.append(work)
             result.ratios.append(results[0].runs[-1].seconds / work.seconds)
@@ -216,14 +265,18 @@ def compare(
 
 
 def _measured(
-    run: Callable[[Sequence[Frame]], tuple[list[Mask], Work]], frames: Sequence[Frame]
+    run: Callable[[Sequence[Frame]], tuple[list[Mask], Work]], frames: Sequence[Frame], device: torch.device
 ) -> tuple[list[Mask], Work]:
     before = _resident_mib("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew, see proc(5)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
     began = time.perf_counter()
     masks, work = run(frames)
     work.seconds = time.perf_counter() - began
     work.memory_mib = _resident_mib("VmHWM") - before
+    if device.type == "cuda":
+        work.device_mib = torch.cuda.max_memory_allocated(device) / 2**20
     return masks, work
 
 
@@ -231,12 +284,6 @@ def _resident_mib(name: str) -> float:
     found = re.search(rf"^{name}:\s+(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)
     assert found is not None
     return int(found[1]) / 1024
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size: int) -> IMCNet:

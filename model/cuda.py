@@ -7,27 +7,34 @@ can be tested without one runs in eager mode on the CPU: buckets, padding, stati
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field
 from functools import partial
-from itertools import cycle
-from typing import Literal, Protocol, TypeVar, get_args
+from typing import Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor, nn
 
-from model.engine import frame_of, maps_of
+from model.cuda_runners import (
+    EagerRunner,
+    GraphRunner,
+    Maps,
+    PinnedUpload,
+    Program,
+    Runner,
+    SharedByGraphs,
+    Upload,
+    new_stream,
+    stack_into,
+)
+from model.engine import convolutions, frame_of, maps_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import MEAN, STD
 
 Capture = Literal["graphs", "eager"]
-Maps = tuple[Tensor, ...]
-Program = Callable[..., Maps]
 Entry = TypeVar("Entry")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _MAPS_A_FRAME = 5
-_WARM_UPS = 3
 
 
 class CudaEngine:
@@ -87,7 +94,7 @@ class CudaEngine:
             self._runner: Callable[[Program, Maps], Runner] = EagerRunner
             if capture == "graphs":
                 self._runner = partial(GraphRunner, shared=SharedByGraphs())
-            self._copies = _stream() if self.device.type == "cuda" else None
+            self._copies = new_stream() if self.device.type == "cuda" else None
         self._encoders: dict[tuple[int, ...], tuple[Runner, Upload]] = {}
         self._decoders: dict[tuple[int, ...], Runner] = {}
 
@@ -141,14 +148,14 @@ class CudaEngine:
             (probabilities,) = runner.run(len(windows))
         return probabilities
 
-    def _encoder(self, *shape: int) -> "tuple[Runner, Upload]":
+    def _encoder(self, *shape: int) -> tuple[Runner, Upload]:
         if shape not in self._encoders:
             static = torch.zeros(shape, dtype=torch.uint8, device=self.device)
             upload = PinnedUpload(static, self._copies) if self._copies else stack_into
             self._encoders[shape] = self._runner(self._encode, (static,)), upload
         return self._encoders[shape]
 
-    def _decoder(self, bucket: int, frame: FrameFeatures) -> "Runner":
+    def _decoder(self, bucket: int, frame: FrameFeatures) -> Runner:
         key = (bucket, *frame.pyramid.v2.shape[-2:])
         if key not in self._decoders:
             static = tuple(
@@ -161,13 +168,13 @@ class CudaEngine:
 
     def _encode(self, images: Tensor) -> Maps:
         normalised = (images.float() / 255 - self._mean) / self._std
-        with _convolutions():
+        with convolutions(self.device, benchmark=True):
             frame = self._network.encode_frame(normalised.to(self._dtype, memory_format=torch.channels_last))
         return maps_of(frame)
 
     def _decode(self, *maps: Tensor) -> Maps:
         starts = range(0, len(maps), _MAPS_A_FRAME)
-        with _convolutions():
+        with convolutions(self.device, benchmark=True):
             logits = self._network.decode_window(
                 [frame_of(maps[start : start + _MAPS_A_FRAME]) for start in starts]
             )
@@ -213,133 +220,6 @@ def bucket_of(count: int, batch: int) -> int:
 def pad(entries: Sequence[Entry], length: int) -> list[Entry]:
     """Fill ``entries`` up to ``length`` by repeating the last."""
     return [*entries, *(entries[-1] for _ in range(length - len(entries)))]
-
-
-# ---- Running a program on static inputs ---------------------------------------------------------------
-
-
-class Runner(Protocol):
-    """Runs a program on ``inputs``, which the caller overwrites before each run."""
-
-    inputs: Maps
-
-    def run(self, count: int) -> Maps:
-        """Return the program's outputs for the first ``count`` entries; later runs leave them alone."""
-        ...
-
-
-class EagerRunner:
-    """Runs a program kernel by kernel, on any device."""
-
-    def __init__(self, program: Program, inputs: Maps) -> None:
-        self.inputs = inputs
-        self._program = program
-
-    def run(self, count: int) -> Maps:
-        # Not slices: the entries that fill up the bucket need not stay in memory.
-        return tuple(output[:count].clone() for output in self._program(*self.inputs))
-
-
-class SharedByGraphs:
-    """What the graphs of an engine share.
-
-    Attributes:
-        pool: Memory. The graphs do not run at the same time, and what one leaves in its outputs is copied
-            before the next runs, so they may overwrite each other.
-        stream: For warming up and capturing: libraries keep their workspaces by stream, and those must be
-            there before the capture.
-    """
-
-    def __init__(self) -> None:
-        self.pool = torch.cuda.graph_pool_handle()
-        self.stream = _stream()
-
-
-class GraphRunner:
-    """Captures a program once, and replays it."""
-
-    def __init__(self, program: Program, inputs: Maps, shared: SharedByGraphs) -> None:
-        pool, stream = shared.pool, shared.stream
-        self.inputs = inputs
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(_WARM_UPS):  # compiles Triton's kernels, and lets cuDNN choose its own
-                program(*inputs)
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Of this thread only: what another one allocates meanwhile does not spoil the capture.
-        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            self._outputs = program(*inputs)
-
-    def run(self, count: int) -> Maps:
-        self._graph.replay()
-        return tuple(output[:count].clone() for output in self._outputs)
-
-
-def _stream() -> torch.cuda.Stream:
-    return torch.cuda.Stream()  # type: ignore[no-untyped-call]
-
-
-def _convolutions() -> AbstractContextManager[None]:
-    """How cuDNN works here: by the fastest kernel for each shape, which it finds out when warming up."""
-    settings: AbstractContextManager[None] = torch.backends.cudnn.flags(
-        enabled=True, benchmark=True, allow_tf32=False
-    )
-    return settings
-
-
-# ---- Bringing images to the device --------------------------------------------------------------------
-
-Upload = Callable[[Sequence[Tensor], Tensor], object]
-
-
-def stack_into(images: Sequence[Tensor], target: Tensor) -> None:
-    torch.stack(tuple(images), out=target)
-
-
-@dataclass(frozen=True)
-class _Slot:
-    pinned: Tensor
-    staged: Tensor
-    copied: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-    taken: torch.cuda.Event = field(default_factory=torch.cuda.Event)
-
-
-class PinnedUpload:
-    """Copies images to the device while it computes, through two slots by turns.
-
-    The host waits only if both slots are still on their way.
-
-    Args:
-        like: Shape, type and device of a whole batch.
-        copies: The stream that copies.
-    """
-
-    def __init__(self, like: Tensor, copies: torch.cuda.Stream) -> None:
-        self._copies = copies
-        slots = [
-            _Slot(torch.empty(like.shape, dtype=like.dtype, pin_memory=True), torch.empty_like(like))
-            for _ in range(2)
-        ]
-        for slot in slots:
-            # The memory of `staged` may still be in use by what this stream has yet to do.
-            slot.taken.record()
-        self._slots = cycle(slots)
-
-    def __call__(self, images: Sequence[Tensor], target: Tensor) -> None:
-        """Put ``images``, ``(3, S, S)`` each, into ``target`` on the current stream."""
-        slot = next(self._slots)
-        slot.copied.synchronize()  # until then, the copy before still reads the pinned memory
-        stack_into(images, slot.pinned)
-        with torch.cuda.stream(self._copies):
-            slot.taken.wait()
-            slot.staged.copy_(slot.pinned, non_blocking=True)
-            slot.copied.record()
-        # Both buffers live as long as this object, and the current stream waits for every copy: so when they
-        # are freed, no stream but this one can be using them, and record_stream has nothing to tell.
-        slot.copied.wait()
-        target.copy_(slot.staged)
-        slot.taken.record()
 
 
 # ---- Network and device -------------------------------------------------------------------------------

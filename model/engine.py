@@ -1,6 +1,7 @@
 """What computes the network for a stream: images to features, windows of features to probabilities."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from itertools import pairwise
 from typing import Protocol
@@ -55,8 +56,8 @@ class Engine(Protocol):
 class TorchEngine:
     """The network itself, in the type of its parameters, its batch norms folded into the convolutions.
 
-    The reference for all other engines: in float64 at most 1e-7 off ``IMCNet.forward``. On a CPU, batches
-    save nothing; on CUDA they save launches of kernels.
+    The reference for all other engines: in float64 at most 1e-7 off ``IMCNet.forward``, in float32 without
+    TF32. On a CPU, batches save nothing; on CUDA they save launches of kernels.
 
     Args:
         network: Copied; the original stays as it is.
@@ -71,13 +72,30 @@ class TorchEngine:
 
     @torch.inference_mode()
     def encode(self, images: Tensor) -> list[FrameFeatures]:
-        features = self.network.encode_frame(normalise(images.to(self.device), self._dtype))
+        with convolutions(self.device):
+            features = self.network.encode_frame(normalise(images.to(self.device), self._dtype))
         return split_frames(features)
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
         merged = [merge_frames(frames) for frames in zip(*windows, strict=True)]
-        return foreground_probability(self.network.decode_window(merged))
+        with convolutions(self.device):
+            return foreground_probability(self.network.decode_window(merged))
+
+
+def convolutions(device: torch.device, *, benchmark: bool = False) -> AbstractContextManager[object]:
+    """Within the block, convolutions in float32 are that on CUDA too: by default, PyTorch has them in TF32.
+
+    Args:
+        benchmark: Whether cuDNN tries out its kernels for each shape and takes the fastest. Without, it
+            chooses by rule, and the same for the same shape.
+    """
+    if device.type != "cuda":
+        return nullcontext()
+    settings: AbstractContextManager[object] = torch.backends.cudnn.flags(
+        enabled=True, benchmark=benchmark, allow_tf32=False
+    )
+    return settings
 
 
 def split_frames(features: FrameFeatures) -> list[FrameFeatures]:

@@ -1,7 +1,11 @@
 """The engines beside PyTorch's own, which computes in float32: OpenVINO's on a CPU, CUDA graphs on a GPU."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
+
+import torch
 
 from model.agreement import FAST_GATE, measure_agreement
 from model.engine import Engine
@@ -70,8 +74,8 @@ def add_fast_engine(segmenter: Segmenter, network: IMCNet, *, graphs: Path) -> N
     """Have ``fast`` computed: in bfloat16 by OpenVINO on a CPU, in float16 by graphs on CUDA.
 
     Raises:
-        EngineUnavailable: There is no such engine here, or the IoU of its masks with the network's own is
-            below 0.99.
+        EngineUnavailable: There is no such engine here, it does not work, or the IoU of its masks with the
+            network's own is below 0.99.
     """
     if segmenter.device.type == "cpu":
         segmenter.engines["fast"] = _openvino(segmenter, network, "bfloat16", graphs)
@@ -92,11 +96,28 @@ def _openvino(segmenter: Segmenter, network: IMCNet, precision: "Precision", gra
 def _cuda(segmenter: Segmenter, network: IMCNet) -> Engine:
     from model.cuda import CudaEngine
 
-    try:
+    with trying_out():
         engine = CudaEngine(network, device=segmenter.device)
-    except (DeviceError, ValueError) as error:
-        raise EngineUnavailable(str(error)) from error
-    beside = Segmenter(network, device=str(segmenter.device), input_size=segmenter.input_size)
-    (agreement,) = measure_agreement(beside, engine)
+        beside = Segmenter(network, device=str(segmenter.device), input_size=segmenter.input_size)
+        (agreement,) = measure_agreement(beside, engine)
     FAST_GATE.check(agreement)
     return engine
+
+
+@contextmanager
+def trying_out() -> Iterator[None]:
+    """Within the block an engine is made and runs for the first time: it compiles, captures, takes memory.
+
+    Raises:
+        EngineUnavailable: One of these does not work, or there is no such device.
+        torch.AcceleratorError: CUDA itself failed. Whatever else this process asks of the device would fail
+            as well, so it has to end.
+    """
+    try:
+        yield
+    except torch.AcceleratorError:
+        raise
+    except (DeviceError, ValueError) as error:
+        raise EngineUnavailable(str(error)) from error
+    except (RuntimeError, OSError) as error:
+        raise EngineUnavailable(f"it does not work here: {error}") from error

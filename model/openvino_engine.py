@@ -12,8 +12,8 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Literal, Self, get_args
 
@@ -35,12 +35,18 @@ Precision = Literal["float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 1  # of the files; also to be raised when the network itself changes
+_FORMAT = 2  # of the files; also to be raised when the network itself changes
 _GATES: Mapping[Precision, Gate] = {"float32": EXACT_GATE, "bfloat16": FAST_GATE}
 _HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 _CAPABILITY: Mapping[Precision, str] = {"float32": "FP32", "bfloat16": "BF16"}
 _GRAPHS = ("encoder", "window")
 _MANIFEST = "manifest.json"
+_DAMAGED = (
+    ValueError,
+    KeyError,
+    TypeError,
+    AttributeError,
+)  # what a manifest raises that is another document
 
 
 class OpenVINOEngine:
@@ -49,27 +55,29 @@ class OpenVINOEngine:
     Args:
         graphs: Those of the network, as :meth:`Graphs.prepare` gives them.
         precision: What is computed in. Inputs and outputs of the graphs are float32 in any case.
-        threads: 0 for as many as there are cores.
 
     Raises:
-        EngineUnavailable: This CPU does not have the precision.
+        EngineUnavailable: This CPU does not have the precision, or OpenVINO cannot compile the graphs.
     """
 
     batch, lag = 1, 0
 
-    def __init__(self, graphs: "Graphs", *, precision: Precision, threads: int = 0) -> None:
+    def __init__(self, graphs: "Graphs", *, precision: Precision) -> None:
         self.device = torch.device("cpu")
         self.name = f"openvino-{precision}"
         _require(precision)
         options = {
             "INFERENCE_PRECISION_HINT": _HINTS[precision],
-            "INFERENCE_NUM_THREADS": threads or torch.get_num_threads(),
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
             "PERFORMANCE_HINT": "LATENCY",
         }
-        self._encoder, self._window = (
-            openvino.Core().compile_model(graphs.path(name), "CPU", options).create_infer_request()
-            for name in _GRAPHS
-        )
+        try:
+            self._encoder, self._window = (
+                openvino.Core().compile_model(graphs.path(name), "CPU", options).create_infer_request()
+                for name in _GRAPHS
+            )
+        except RuntimeError as error:  # all that OpenVINO raises
+            raise EngineUnavailable(f"OpenVINO cannot compile its graphs: {error}") from error
 
     def encode(self, images: Tensor) -> list[FrameFeatures]:
         return [frame_of(_run(self._encoder, [images]))]
@@ -93,9 +101,7 @@ def _require(precision: Precision) -> None:
         raise EngineUnavailable(f"this CPU does not compute in {precision}: {', '.join(_capabilities())}")
 
 
-def openvino_engine(
-    network: IMCNet, *, precision: Precision, input_size: int, cache: Path, threads: int = 0
-) -> OpenVINOEngine:
+def openvino_engine(network: IMCNet, *, precision: Precision, input_size: int, cache: Path) -> OpenVINOEngine:
     """Have the engine of a network, if its masks pass the gate of the precision.
 
     The graphs are built, and the masks compared, where ``cache`` does not hold them yet: some ten to sixty
@@ -106,12 +112,12 @@ def openvino_engine(
 
     Raises:
         EngineUnavailable: This CPU does not have the precision, the masks differ too much from the network's,
-            or its graphs cannot be built or stored.
+            or its graphs cannot be built, stored or compiled.
     """
     _require(precision)
     graphs = Graphs.prepare(network, input_size, cache)
     _GATES[precision].check(graphs.agreement[precision])
-    return OpenVINOEngine(graphs, precision=precision, threads=threads)
+    return OpenVINOEngine(graphs, precision=precision)
 
 
 # ---- Graphs in files ----------------------------------------------------------------------------------
@@ -136,16 +142,25 @@ class Graphs:
 
         What lies there is taken only if it was made from these weights, for this size, by these releases of
         PyTorch and OpenVINO, on a CPU of the same capabilities, and if every byte is still as it was written.
+        Graphs that were made of something else lie in folders of their own, and stay. To take graphs, nothing
+        has to be written.
 
         Raises:
             EngineUnavailable: They cannot be built or stored.
         """
         made_of = _made_of(network, input_size)
-        folder = cache / f"{made_of['weights'][:16]}-{input_size}"
+        folder = cache / f"{_digest(made_of)[:16]}-{input_size}"
+        with suppress(OSError, *_DAMAGED):
+            return cls._read(folder, made_of)
         try:
             cache.mkdir(parents=True, exist_ok=True)
             with _locked(cache / ".lock"):  # of several workers, one builds
-                return cls._read(folder, made_of) or cls._build(network, input_size, folder, made_of)
+                try:
+                    return cls._read(folder, made_of)
+                except (OSError, *_DAMAGED) as error:
+                    if folder.exists():
+                        logger.warning("The graphs in %s are not used, but built anew: %s", folder, error)
+                return cls._build(network, input_size, folder, made_of)
         except OSError as error:
             raise EngineUnavailable(f"its graphs cannot be kept in {cache}: {error}") from error
         except RuntimeError as error:  # all that OpenVINO raises
@@ -155,21 +170,17 @@ class Graphs:
         return self.folder / f"{name}.xml"
 
     @classmethod
-    def _read(cls, folder: Path, made_of: Mapping[str, str]) -> Self | None:
-        if not folder.exists():
-            return None
-        try:
-            manifest = json.loads((folder / _MANIFEST).read_bytes())
-            if manifest["made_of"] != made_of:
-                raise ValueError("they were made of something else")
-            if manifest["files"] != _hashes(folder):
-                raise ValueError("files are not as they were written")
-            return cls(
-                folder, {name: Agreement(**figures) for name, figures in manifest["agreement"].items()}
-            )
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            logger.warning("The graphs in %s are not used, but built anew: %s", folder, error)
-            return None
+    def _read(cls, folder: Path, made_of: Mapping[str, str]) -> Self:
+        """Raises: OSError, or one of ``_DAMAGED``: They are not there as they were written."""
+        manifest = json.loads((folder / _MANIFEST).read_bytes())
+        figures = manifest["agreement"]
+        if manifest["sha256"] != _checksum(made_of, _hashes(folder), figures):
+            raise ValueError("they are not as they were written")
+        agreement: dict[Precision, Agreement] = {name: Agreement(**figures[name]) for name in _offered()}
+        shares = [share for each in agreement.values() for share in astuple(each)]
+        if agreement.keys() != figures.keys() or not all(0.0 <= share <= 1.0 for share in shares):
+            raise ValueError("their masks were not compared as they have to be")
+        return cls(folder, agreement)
 
     @classmethod
     def _build(cls, network: IMCNet, input_size: int, folder: Path, made_of: Mapping[str, str]) -> Self:
@@ -182,10 +193,13 @@ class Graphs:
             openvino.save_model(model, graphs.path(name), compress_to_fp16=False)
         engines = {precision: OpenVINOEngine(graphs, precision=precision) for precision in _offered()}
         agreement = dict(zip(engines, measure_agreement(segmenter, *engines.values()), strict=True))
+        files = _hashes(folder)
+        figures = {precision: asdict(each) for precision, each in agreement.items()}
         manifest = {
             "made_of": made_of,
-            "files": _hashes(folder),
-            "agreement": {precision: asdict(figures) for precision, figures in agreement.items()},
+            "files": files,
+            "agreement": figures,
+            "sha256": _checksum(made_of, files, figures),
         }
         # The last file: without it, what is there counts for nothing.
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
@@ -222,6 +236,15 @@ def _made_of(network: IMCNet, input_size: int) -> dict[str, str]:
         "openvino": openvino.__version__,
         "cpu": " ".join(_capabilities()),
     }
+
+
+def _checksum(made_of: Mapping[str, str], files: Mapping[str, str], agreement: object) -> str:
+    """Of what graphs are made of, what they are, and how their masks compare."""
+    return _digest([made_of, files, agreement])
+
+
+def _digest(facts: object) -> str:
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _hashes(folder: Path) -> dict[str, str]:

@@ -18,7 +18,7 @@ from model.preprocess import resize_frame, resize_probability
 from model.shipped import SHIPPED_WEIGHTS
 from model.views import Quality, View, views_of
 from model.weights import load_weights
-from model.windows import WindowLayout
+from model.windows import WindowLayout, batches_of
 
 Frame = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
@@ -66,6 +66,11 @@ class Segmenter:
         network, info = load_weights(path)
         return cls(network, device=device, input_size=input_size or info.input_size)
 
+    def reads_ahead(self, quality: Quality) -> int:
+        """The most frames that are read, from the first that is segmented on, before its mask is given."""
+        engine = self.engines[quality]
+        return self.layout.margin + (1 + engine.lag) * engine.batch
+
     def segment(
         self,
         frames: Iterable[Frame],
@@ -74,17 +79,18 @@ class Segmenter:
         output_size: tuple[int, int] | None = None,
         start: int = 0,
         stop: int | None = None,
+        span_frames: int | None = None,
         quality: Quality = "exact",
     ) -> Iterator[Mask]:
         """Segment a stream, one mask a frame, in order, as the frames come.
 
         ``frames[start:stop]`` are segmented; the others serve as their context. So a part of a video gets
         exactly the masks that it has within the whole, given ``layout.margin`` frames on each side.
-        On a CPU, where the engine takes one window at a time, never more than ``layout.margin`` frames are
-        read ahead of a mask; on CUDA up to two batches more. The features of at most ``2 * layout.margin``
-        frames and a batch are held, once a view. At an input size of 480, in float32, one view of a frame
-        takes 28 MB with resnet101 and 7 MB with resnet18; the nine of ``multi_scale`` take 11.7 times as
-        much, and as much more time.
+        A mask comes before more than ``reads_ahead`` frames are read from its own on: on a CPU, where the
+        engine takes one window at a time, those of the window alone; on CUDA two batches more. The features
+        of at most ``2 * layout.margin`` frames and a batch are held, once a view. At an input size of 480,
+        in float32, one view of a frame takes 28 MB with resnet101 and 7 MB with resnet18; the nine of
+        ``multi_scale`` take 11.7 times as much, and as much more time.
 
         Args:
             frames: RGB, ``(H, W, 3)`` uint8, all of one size. A buffer may be used again for the next frame.
@@ -93,6 +99,8 @@ class Segmenter:
             start: First frame to segment.
             stop: Frame to stop before; by default the end of the stream. If the stream ends earlier, so do
                 the masks.
+            span_frames: No batch of windows reaches over the end of a span of so many frames, counted from
+                ``start``: each span has those batches that it has when it is segmented by itself.
             quality: How often each frame is looked at, and how, see ``model.views``. What is compared with
                 the threshold is the mean of the views' probabilities, each brought to the masks' size.
 
@@ -110,10 +118,14 @@ class Segmenter:
             raise ValueError(f"output_size must be positive, got {output_size}")
         if start < 0 or (stop is not None and stop < start):
             raise ValueError(f"start and stop must satisfy 0 <= start <= stop, got {start} and {stop}")
+        if span_frames is not None and span_frames < 1:
+            raise ValueError(f"span_frames must be positive, got {span_frames}")
         views = views_of(quality, self.input_size)
         if quality not in self.engines:
             raise EngineUnavailable(f"no engine for quality {quality!r} has been added")
-        return self._masks(self.engines[quality], frames, views, threshold, output_size, start, stop)
+        engine = self.engines[quality]
+        batches = batches_of(start, stop, batch=engine.batch, span_frames=span_frames)
+        return self._masks(engine, frames, views, threshold, output_size, start, batches)
 
     def _masks(
         self,
@@ -123,35 +135,32 @@ class Segmenter:
         threshold: float,
         size: tuple[int, int] | None,
         start: int,
-        stop: int | None,
+        batches: Iterator[range],
     ) -> Iterator[Mask]:
-        batch, layout = engine.batch, self.layout
+        layout = self.layout
         stream = _checked(frames)
         first = layout.first_needed(start)
         count = sum(1 for _ in islice(stream, first))  # what lies before serves no window of the span
         held: dict[int, tuple[FrameFeatures, ...]] = {}
         computed: deque[_Masks] = deque()
-        center = start
-        while stop is None or center < stop:
-            after = center + batch if stop is None else min(center + batch, stop)
-            while missing := layout.last_needed(after - 1) + 1 - count:
+        for centers in batches:
+            while missing := layout.last_needed(centers[-1]) + 1 - count:
                 group = []
-                for frame in islice(stream, min(batch, missing)):
+                for frame in islice(stream, min(engine.batch, missing)):
                     size = size or frame.shape[:2]
                     group.append([resize_frame(frame, view.size).flip(view.mirrored) for view in views])
                 if not group:
                     break  # the stream has ended
                 held.update(enumerate(_encode(engine, group), start=count))
                 count += len(group)
-            centers = range(center, min(after, count))
+            centers = range(centers.start, min(centers.stop, count))
             if size is None or not centers:
                 break
             windows = [[held[index] for index in layout.indices(each, last=count - 1)] for each in centers]
             computed.append(_decode(engine, windows, views, size, threshold))
             del windows
-            for index in range(layout.first_needed(center), layout.first_needed(centers.stop)):
+            for index in range(layout.first_needed(centers.start), layout.first_needed(centers.stop)):
                 held.pop(index, None)
-            center = centers.stop
             if len(computed) > engine.lag:
                 yield from computed.popleft()
         for masks in computed:
@@ -178,7 +187,9 @@ def _decode(
         probabilities = resize_probability(seen.flip(view.mirrored), size)
         total = probabilities if total is None else total + probabilities
     assert total is not None, "every quality has a view"
-    return _Masks((total / len(views) >= threshold)[:, 0])
+    # A single view needs no division, which would write a whole map.
+    mean = total if len(views) == 1 else total / len(views)
+    return _Masks((mean >= threshold)[:, 0])
 
 
 class _Masks:
@@ -191,7 +202,8 @@ class _Masks:
             self._masks = torch.empty(masks.shape, dtype=masks.dtype, pin_memory=True)
             self._masks.copy_(masks, non_blocking=True)
             self._arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-            self._arrived.record()
+            # Of the masks' device, which need not be the current one.
+            self._arrived.record(torch.cuda.current_stream(masks.device))
 
     def __iter__(self) -> Iterator[Mask]:
         if self._arrived is not None:

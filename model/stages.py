@@ -1,5 +1,6 @@
-"""Stages that run beside each other: in order, bounded, and with errors that reach whoever waits."""
+"""Stages that run beside each other: in order, bounded, with errors that reach whoever waits, and timed."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -70,3 +71,25 @@ class WriteBehind:
         while self._waiting and (self._waiting[0].done() or len(self._waiting) >= self._limit):
             self._waiting.popleft().result()
         self._waiting.append(self._thread.submit(call))
+
+
+class Stopwatch:
+    """Adds up the time spent in its blocks."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += time.perf_counter() - self._began
+
+    def during_each(self, items: Iterator[Item]) -> Iterator[Item]:
+        """The same items; the time that it takes to get them counts."""
+        while True:
+            with self:
+                taken = _next(items)
+            if taken is None:
+                return
+            yield taken[0]

@@ -16,12 +16,18 @@ Only an engine on CUDA imports this module: it needs Triton, which torch brings 
 ``TRITON_INTERPRET=1`` in the environment before the import, the kernel runs on the CPU, in NumPy.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from subprocess import SubprocessError
+
 import torch
 import triton  # type: ignore[import-untyped]
 import triton.language as tl  # type: ignore[import-untyped]
 from torch import Tensor, nn
+from triton.errors import TritonError  # type: ignore[import-untyped]
 
 from model.deform import DeformableConv
+from model.errors import EngineUnavailable
 
 BLOCK_PIXELS = 64
 NUM_WARPS = 4
@@ -85,6 +91,7 @@ def fused_deform_conv2d(features: Tensor, offsets: Tensor, weight: Tensor, bias:
         ValueError: An operand has another shape, type or device; or is on the CPU, outside of the
             interpreter.
         RuntimeError: A gradient is asked for.
+        EngineUnavailable: The kernel cannot be compiled, which Triton does when it is first called.
     """
     operands = {"features": features, "offsets": offsets, "weight": weight, "bias": bias}
     if torch.is_grad_enabled() and any(operand.requires_grad for operand in operands.values()):
@@ -104,7 +111,7 @@ def fused_deform_conv2d(features: Tensor, offsets: Tensor, weight: Tensor, bias:
         product_type = tl.float32  # the interpreter multiplies the bits of bfloat16 as if they were integers
     grid = (triton.cdiv(height * width, BLOCK_PIXELS), count)
     # Triton launches on the current device, not on that of the operands.
-    with torch.cuda.device_of(features):  # type: ignore[no-untyped-call]
+    with torch.cuda.device_of(features), compiling():  # type: ignore[no-untyped-call]
         _deform_kernel[grid](
             *(features, offsets, weight, bias, output),
             *(height, width),
@@ -118,6 +125,15 @@ def fused_deform_conv2d(features: Tensor, offsets: Tensor, weight: Tensor, bias:
             num_stages=NUM_STAGES,
         )
     return output
+
+
+@contextmanager
+def compiling() -> Iterator[None]:
+    """Raises: EngineUnavailable: Within the block, Triton, or the compiler that it calls, has failed."""
+    try:
+        yield
+    except (TritonError, SubprocessError, ImportError) as error:  # its own, a compiler's, of what came out
+        raise EngineUnavailable(f"Triton cannot compile its kernel: {error}") from error
 
 
 def _check_types(operands: dict[str, Tensor]) -> None:

@@ -1,5 +1,6 @@
 """Which frames make a window, and which of them a stream must still hold. Needs no torch."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -49,3 +50,22 @@ class WindowLayout:
     def last_needed(self, center: int) -> int:
         """The last frame that the window around ``center`` uses, if the stream is that long."""
         return center + self.margin
+
+
+def batches_of(
+    start: int, stop: int | None, *, batch: int, span_frames: int | None = None
+) -> Iterator[range]:
+    """Cut ``[start, stop)`` into batches of ``batch`` frames; without ``stop``, there is no end of them.
+
+    Args:
+        span_frames: Batches do not reach over the ends of spans of so many frames, counted from ``start``.
+    """
+    first = start
+    while stop is None or start < stop:
+        after = start + batch
+        if stop is not None:
+            after = min(after, stop)
+        if span_frames is not None:
+            after = min(after, start + span_frames - (start - first) % span_frames)
+        yield range(start, after)
+        start = after

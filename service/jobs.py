@@ -167,6 +167,10 @@ class EngineInfo(_Model):
 
     name: str
     device: str
+    quality: Quality | None = Field(
+        default=None,
+        description="The quality that ran: `exact` where `fast` could not be had. Null in older records.",
+    )
 
 
 class Timings(_Model):

@@ -11,6 +11,9 @@ from tests.conftest import REPOSITORY
 PINNED = r"[\w.-]+@sha256:[0-9a-f]{64}"
 COMPOSE_FILES = ("docker-compose.yml", "docker-compose.cpu.yml")
 READ_ONLY_FOLDERS = {"/weights", "/run/secrets"}
+TMPFS = {
+    ("docker-compose.yml", "worker"): ["/tmp", "/var/cache/triton:exec,uid=10001,gid=10001,mode=700"],
+}
 VOLUMES = {
     "api": {"/data"},
     "worker": {"/data"},
@@ -21,7 +24,7 @@ VOLUMES = {
 
 def compose(name: str) -> dict[str, Any]:
     document: dict[str, Any] = yaml.safe_load((REPOSITORY / name).read_text())
-    return document
+    return {"file": name, **document}
 
 
 SERVICES = [
@@ -70,7 +73,7 @@ def test_a_service_has_limits(service: dict[str, Any], document: dict[str, Any],
 def test_a_service_writes_to_its_volume_and_tmpfs_alone(
     service: dict[str, Any], document: dict[str, Any], name: str
 ) -> None:
-    assert service["tmpfs"] == ["/tmp"]
+    assert service["tmpfs"] == TMPFS.get((document["file"], name), ["/tmp"])
     writable = {volume.split(":")[-1] for volume in service["volumes"] if not volume.endswith(":ro")}
     assert writable == VOLUMES[name]
     read_only = {volume.split(":")[-2] for volume in service["volumes"] if volume.endswith(":ro")}
@@ -134,8 +137,26 @@ def test_base_images_are_pinned_by_digest_and_can_be_exchanged() -> None:
         assert re.fullmatch(rf"\$\{{REDIS_IMAGE:-redis:{PINNED}\}}", services["redis"]["image"])
 
 
-def test_images_hold_no_more_than_the_installed_packages() -> None:
+def test_images_hold_no_more_than_the_installed_packages_and_a_compiler_for_the_worker() -> None:
     for name in ("api", "worker"):
         copies = [line for line in stages()[name] if line.startswith(("COPY", "ADD"))]
         assert len(copies) == 1
         assert copies[0].endswith("/opt/imcnet /opt/imcnet")
+    assert not [line for line in stages()["api"] if line.startswith("RUN")]
+    commands = re.findall(r"^RUN (.*)", re.sub(r"\\\n\s*", "", "\n".join(stages()["worker"])), re.MULTILINE)
+    assert [command.strip() for line in commands for command in line.split("&&")] == [
+        "apt-get update",
+        "apt-get install --yes --no-install-recommends gcc libc6-dev",
+        "rm -rf /var/lib/apt/lists/*",
+        "install -d -m 700 -o imcnet -g imcnet /var/cache/triton",
+    ]
+
+
+def test_code_that_is_made_while_the_worker_runs_lies_where_no_other_service_writes() -> None:
+    text = "\n".join(stages()["worker"])
+    (folder,) = re.findall(r"TRITON_CACHE_DIR=(\S+)", text)
+    for name in COMPOSE_FILES:
+        for service in compose(name)["services"].values():
+            places = [volume.removesuffix(":ro").split(":")[-1] for volume in service["volumes"]]
+            assert not [place for place in places if folder.startswith(place)]
+            assert not [key for key in service.get("environment", {}) if key.startswith("TRITON")]

@@ -104,8 +104,11 @@ class VideoReader:
     ) -> None:
         self._stack.close()
 
-    def frames_from(self, first: int) -> Generator[VideoFrame, None, None]:
-        """Decode frame after frame, and yield those from ordinal ``first`` on; the others are only inspected.
+    def frames_from(self, first: int) -> Generator[VideoFrame | None, None, None]:
+        """Decode frame after frame, and yield those from ordinal ``first`` on.
+
+        The others are only inspected. In place of each comes None, so that a reader who is no longer
+        interested has not to wait for the first.
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,
@@ -123,13 +126,15 @@ class VideoReader:
             self.frames += 1
             if self.frames > first:
                 yield VideoFrame(self._image(frame), frame.pts, self._decoder.seconds(frame.pts))
+            else:
+                yield None
         self._check_complete()
         self._check_damage()
         self._check_count()
 
     def __iter__(self) -> Iterator[VideoFrame]:
         """All frames, as :meth:`frames_from`."""
-        return self.frames_from(0)
+        return (frame for frame in self.frames_from(0) if frame is not None)
 
     def _check_complete(self) -> None:
         """Raises: UnusableVideo: ``truncated_input``, ``resource_limit``."""

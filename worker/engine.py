@@ -24,11 +24,11 @@ import structlog
 import torch
 from pydantic import TypeAdapter
 
-from model.engines import add_fast_engine, graphs_beside, use_openvino
+from model.engines import add_fast_engine, graphs_beside, trying_out, use_openvino
 from model.errors import ModelError
 from model.segmenter import Segmenter
 from model.shipped import SHIPPED_WEIGHTS
-from model.stages import WriteBehind, read_ahead
+from model.stages import Stopwatch, WriteBehind, read_ahead
 from model.weights import file_sha256, load_weights
 from service.jobs import EngineInfo, ModelInfo, Quality
 from service.logs import configure_logging
@@ -109,16 +109,23 @@ class _Served:
         if quality == "fast" and "fast" not in self.segmenter.engines and self.no_fast is None:
             self._add_fast()
         instead: Quality | None = None if quality in self.segmenter.engines else "exact"
-        engine = self.segmenter.engines[instead or quality]
-        return EngineAnswer(engine=EngineInfo(name=engine.name, device=engine.device.type), instead=instead)
+        runs = instead or quality
+        engine = self.segmenter.engines[runs]
+        return EngineAnswer(
+            engine=EngineInfo(name=engine.name, device=engine.device.type, quality=runs),
+            instead=instead,
+            max_pending=self.segmenter.reads_ahead(runs) + _FRAMES_AHEAD + _MASKS_BEHIND,
+        )
 
     def _add_fast(self) -> None:
         try:
             # From the file again: engines copy what they need of a network, and none is kept besides.
             network, _ = load_weights(self.weights, sha256=self.model.weights_sha256)
             add_fast_engine(self.segmenter, network, graphs=self.graphs)
-            _warm_up(self.segmenter, "fast")
+            with trying_out():
+                _warm_up(self.segmenter, "fast")
         except ModelError as error:
+            self.segmenter.engines.pop("fast", None)
             self.no_fast = str(error)
             logger.warning("Jobs of quality `fast` are computed as `exact`: %s", error)
 
@@ -207,7 +214,7 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
                 return
             yield request.parse_frame(message)
 
-    idle = _Stopwatch()
+    idle = Stopwatch()
     with (
         closing(read_ahead(received(), limit=_FRAMES_AHEAD)) as frames,
         WriteBehind(limit=_MASKS_BEHIND) as out,
@@ -218,6 +225,7 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
             threshold=request.threshold,
             output_size=(request.mask_height, request.mask_width),
             start=request.start,
+            span_frames=request.span_frames,
             quality=request.quality,
         )
         for mask in masks:
@@ -229,28 +237,6 @@ def _segment(connection: Connection, segmenter: Segmenter, request: StreamReques
 
 def _send_mask(send: Callable[[bytes], None], mask: Mask, busy_seconds: float) -> None:
     send(pack_mask(mask, busy_seconds))
-
-
-class _Stopwatch:
-    """Adds up the time spent in its blocks."""
-
-    def __init__(self) -> None:
-        self.seconds = 0.0
-
-    def __enter__(self) -> None:
-        self._began = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self.seconds += time.monotonic() - self._began
-
-    def during_each(self, items: Iterator[Frame]) -> Iterator[Frame]:
-        """The same items; the time that it takes to get them counts."""
-        while True:
-            with self:
-                item = next(items, None)
-            if item is None:
-                return
-            yield item
 
 
 if __name__ == "__main__":

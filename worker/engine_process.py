@@ -1,7 +1,6 @@
 """The worker's and the horse's side of the engine. No torch in here."""
 
 import contextlib
-import itertools
 import logging
 import os
 import select
@@ -16,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing.connection import Client, Connection
 from pathlib import Path
 
@@ -154,7 +154,7 @@ class EngineStream:
     """One video's way through the engine, from the horse.
 
     A thread of its own reads and sends the frames, so that decoding runs beside the network, and the caller's
-    thread is always free to be stopped.
+    thread is always free to be stopped. It holds no more frames than the engine needs to go on.
 
     Args:
         socket_path, engine_pid: The engine.
@@ -174,6 +174,7 @@ class EngineStream:
         self._sender_error: BaseException | None = None
         self._last_activity = time.monotonic()
         self._decoding = False
+        self._over = False
         self.decode_s = 0.0
         self.inference_s = 0.0
 
@@ -194,9 +195,12 @@ class EngineStream:
                 raise EngineFailed("The segmentation engine died.") from error
 
     def segment(
-        self, frames: Iterable[VideoFrame], request: StreamRequest
+        self, frames: Iterable[VideoFrame | None], request: StreamRequest
     ) -> Generator[SegmentedFrame, None, None]:
         """Send all ``frames`` through the engine and yield those that get masks with them, in order.
+
+        None among the frames stands for one that is skipped. A stream that is given up ends with the frame
+        that is being decoded, or skipped, at the time.
 
         Raises:
             EngineFailed: The engine died, hung or reported an error. It is dead now; the worker sees that and
@@ -204,29 +208,26 @@ class EngineStream:
             BaseException: Whatever ``frames`` or ``tick`` raise, as it is.
         """
         self._last_activity = time.monotonic()
+        self._room = threading.Semaphore(request.max_pending)
         with self._fatal(), _connected(self._socket_path) as connection:
             sender = threading.Thread(target=self._send, args=(connection, frames, request), daemon=True)
             sender.start()
             try:
                 yield from self._receive(connection, request)
             finally:
+                self._over = True
+                self._room.release()
                 _hang_up(connection)
                 sender.join()
 
-    def _send(self, connection: Connection, frames: Iterable[VideoFrame], request: StreamRequest) -> None:
+    def _send(
+        self, connection: Connection, frames: Iterable[VideoFrame | None], request: StreamRequest
+    ) -> None:
         try:
             connection.send_bytes(request.model_dump_json().encode())
-            iterator = iter(frames)
-            for index in itertools.count():
-                began = time.monotonic()
-                self._decoding = True
-                frame = next(iterator, None)
-                self._last_activity = time.monotonic()
-                self._decoding = False
-                self.decode_s += self._last_activity - began
-                if frame is None:
-                    break
+            for index, frame in enumerate(self._decoded(frames)):
                 if index >= request.start:
+                    self._room.acquire()
                     self._pending.append(frame)
                 connection.send_bytes(frame.image.data.cast("B"))
                 self._last_activity = time.monotonic()
@@ -235,6 +236,22 @@ class EngineStream:
             return  # the receiving side sees the same, and says so
         except BaseException as error:  # handed to the caller's thread, which raises it
             self._sender_error = error
+
+    def _decoded(self, frames: Iterable[VideoFrame | None]) -> Iterator[VideoFrame]:
+        """Those that are not skipped, until the stream is over. The time that it takes is accounted for."""
+        began = time.monotonic()
+        self._decoding = True
+        for frame in chain(frames, (None,)):  # one more, for what it takes to find the end
+            self._last_activity = time.monotonic()
+            self._decoding = False
+            self.decode_s += self._last_activity - began
+            if self._over:
+                return
+            if frame is not None:
+                yield frame
+            began = time.monotonic()
+            self._decoding = True
+        self._decoding = False
 
     def _receive(self, connection: Connection, request: StreamRequest) -> Iterator[SegmentedFrame]:
         while True:
@@ -247,7 +264,9 @@ class EngineStream:
             kind, body = message[:1], message[1:]
             if kind == MASK:
                 mask, self.inference_s = request.parse_mask(body)
-                yield SegmentedFrame(frame=self._pending.popleft(), mask=mask)
+                frame = self._pending.popleft()
+                self._room.release()
+                yield SegmentedFrame(frame=frame, mask=mask)
             elif kind == DONE:
                 return
             elif kind != TAKEN:

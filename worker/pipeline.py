@@ -82,6 +82,8 @@ def run_job(
         threshold=record.options.threshold,
         quality=prepared.instead or record.options.quality,
         start=context,
+        span_frames=spans.length,
+        max_pending=prepared.max_pending,
     )
     with (
         # Closed before the video is, in any case: a thread of the stream's decodes it.

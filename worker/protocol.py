@@ -70,16 +70,22 @@ class EngineQuestion(_Message):
 
 
 class EngineAnswer(_Message):
-    """What computes the quality asked for, or, where ``instead`` is given, that one in its place."""
+    """What computes the quality asked for, or, where ``instead`` is given, that one in its place.
+
+    It needs up to ``max_pending`` frames that wait for their masks: with fewer, it might give none.
+    """
 
     engine: EngineInfo
+    max_pending: int
     instead: Quality | None = None
 
 
 class StreamRequest(_Message):
     """Frames of ``height`` × ``width`` pixels come, masks of ``mask_height`` × ``mask_width`` are wanted.
 
-    The first ``start`` frames are context, and get no mask. Job and attempt are for the log.
+    The first ``start`` frames are context, and get no mask. After every ``span_frames`` of the others a span
+    ends; no more than ``max_pending`` of them are sent before their masks are taken. Job and attempt are for
+    the log.
     """
 
     job_id: str
@@ -91,6 +97,8 @@ class StreamRequest(_Message):
     threshold: float
     quality: Quality
     start: int
+    span_frames: int
+    max_pending: int
 
     def parse_frame(self, message: bytes) -> Frame:
         """``(height, width, 3)`` uint8. Raises: ValueError: The message has another size."""

@@ -46,7 +46,7 @@ from worker.spans import SpanDamaged, SpanStore
 logger = logging.getLogger(__name__)
 
 _REPORT_SECONDS = 0.5
-_SPAN_FORMAT = 2  # to be counted up where spans would come out otherwise than before
+_SPAN_FORMAT = 3  # to be counted up where spans would come out otherwise than before
 
 preempted = threading.Event()
 """Set in the horse by SIGTERM: give the job back as soon as possible."""

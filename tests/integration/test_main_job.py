@@ -102,7 +102,8 @@ def test_a_fast_job_whose_masks_nothing_vouches_for_is_exact_and_says_so(
     exact, fast = (stack.ended(stack.post(video, quality=quality)["id"]) for quality in ("exact", "fast"))
     assert "fast_unavailable" in {warning["code"] for warning in fast["warnings"]}
     assert "fast_unavailable" not in {warning["code"] for warning in exact["warnings"]}
-    assert exact["engine"] == fast["engine"] == {"name": "torch-float32", "device": "cpu"}
+    expected = {"name": "torch-float32", "device": "cpu", "quality": "exact"}
+    assert exact["engine"] == fast["engine"] == expected
     told = manifest(stack.download(fast["id"]))
     assert (told["engine"], told["options"]["quality"]) == (fast["engine"], "fast")
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from model.benchmark import PublishedLoop, compare, untrained_network
+from model.agreement import EXACT_GATE, Agreement
+from model.benchmark import PublishedLoop, Result, compare, untrained_network
 from model.imcnet import IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame, resize_probability
 from model.scenes import render_scene
@@ -57,3 +58,20 @@ def test_an_untrained_network_sees_something_and_the_same_in_every_run(backbone:
     masks = [PublishedLoop(network, device=CPU, input_size=SIZE).run(frames)[0] for network in networks]
     assert np.array_equal(*masks)
     assert 0.2 < np.mean(masks) < 0.8
+
+
+def test_an_engine_does_not_pass_by_masks_that_show_nothing() -> None:
+    agreement = Agreement(flipped=0.0, iou=1.0, foreground=0.0)
+    assert not Result(name="blank", frames=1, gate=EXACT_GATE, agreement=agreement).passes
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_stages_are_timed_there(cuda_device: str, network: IMCNet, make_frames: MakeFrames) -> None:
+    *_, (published, _, exact) = compare(
+        network, make_frames(14), device=torch.device(cuda_device), input_size=SIZE, rounds=1
+    )
+    for result in (published, exact):
+        (work,) = result.runs
+        assert work.seconds > work.encode_s > 0
+        assert work.window_s > 0
+        assert work.device_mib > 0

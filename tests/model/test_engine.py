@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model.engine import TorchEngine, fold_batch_norms, merge_frames, split_frames
+from model.engine import TorchEngine, convolutions, fold_batch_norms, maps_of, merge_frames, split_frames
 from model.imcnet import IMCNet, Variant, foreground_probability
 from model.preprocess import normalise
 
@@ -70,3 +70,23 @@ def test_a_norm_that_is_still_learning_is_folded_as_it_stands(make_network: Call
     expected = TorchEngine(network, device=CPU).encode(images_of(1))[0]
     found = TorchEngine(network.train(), device=CPU).encode(images_of(1))[0]
     assert torch.equal(found.key, expected.key)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_only_on_cuda_convolutions_are_told_to_be_in_float32(device: str) -> None:
+    cudnn = torch.backends.cudnn
+    before = cudnn.allow_tf32
+    with convolutions(torch.device(device)):
+        assert cudnn.allow_tf32 == (before and device == "cpu")
+    assert cudnn.allow_tf32 == before
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_float32_is_no_tf32(cuda_device: str, network: IMCNet) -> None:
+    """TF32 keeps ten bits: a thousandth of each product, which is much beside float32's rounding."""
+    (expected,), (found,) = (
+        TorchEngine(network, device=torch.device(device)).encode(images_of(1))
+        for device in ("cpu", cuda_device)
+    )
+    for left, right in zip(maps_of(found), maps_of(expected), strict=True):
+        torch.testing.assert_close(left.cpu(), right, atol=1e-4 * float(right.abs().max()), rtol=0)

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.engine import TorchEngine
+from model.engine import TorchEngine, frame_of
 from model.errors import DeviceError, WeightsError
 from model.imcnet import FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
 from model.preprocess import normalise, resize_frame
@@ -190,6 +190,23 @@ class Batches(TorchEngine):
         return super().encode(images)
 
 
+class Flat(Batches):
+    """Sees nothing, at once. ``encoded`` and ``decoded`` are its batches, a frame told by its first pixel."""
+
+    def __init__(self, network: IMCNet, batch: int) -> None:
+        super().__init__(network, batch)
+        self.encoded: list[list[int]] = []
+        self.decoded: list[list[int]] = []
+
+    def encode(self, images: Tensor) -> list[FrameFeatures]:
+        self.encoded.append([int(image[0, 0, 0]) for image in images])
+        return [frame_of([image[None, :1, :1, :1].float()] * 5) for image in images]
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        self.decoded.append([int(window[len(window) // 2].key) for window in windows])
+        return torch.zeros(len(windows), 1, 8, 8)
+
+
 @EVERY_QUALITY
 @pytest.mark.parametrize(("batch", "count"), [(2, 13), (4, 14), (4, 3), (4, 1), (16, 14)])
 def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_window(
@@ -202,10 +219,54 @@ def test_batches_change_no_mask_and_hold_no_more_than_one_of_them_beyond_a_windo
     stream = Stream(frames)
     for center, mask in enumerate(segmenter.segment(stream, quality=quality)):
         assert np.array_equal(mask, expected[center])
-        assert stream.read <= center + segmenter.layout.margin + 2 * batch
+        assert stream.read <= center + segmenter.reads_ahead(quality)
     assert center == count - 1
     assert sum(engine.sizes) == VIEWS[quality] * count
     assert max(engine.sizes) <= batch
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "frame_stride", "batch"), [(3, 4, 8), (7, 6, 8), (3, 1, 1), (5, 2, 3)]
+)
+def test_it_is_told_how_many_frames_are_read_ahead_of_a_mask(
+    make_network: Callable[..., IMCNet],
+    make_frames: MakeFrames,
+    num_frames: int,
+    frame_stride: int,
+    batch: int,
+) -> None:
+    """No more, or frames pile up; and no fewer, or masks and frames wait for each other."""
+    network = make_network(num_frames, frame_stride)
+    segmenter = Segmenter(network, device="cpu", input_size=32)
+    segmenter.engines["exact"] = Flat(network, batch)
+    for start in (0, 5):
+        stream = Stream(make_frames(70))
+        ahead = [
+            stream.read - start - count for count, _ in enumerate(segmenter.segment(stream, start=start))
+        ]
+        assert max(ahead) == segmenter.reads_ahead("exact") == segmenter.layout.margin + 2 * batch
+
+
+@pytest.mark.parametrize("span", [16, 20])
+def test_a_span_by_itself_has_the_batches_that_it_has_within_the_whole(network: IMCNet, span: int) -> None:
+    segmenter = Segmenter(network, device="cpu", input_size=32)
+    margin = segmenter.layout.margin
+    frames = [np.full((32, 32, 3), index, np.uint8) for index in range(50)]
+
+    def batches(first: int, start: int) -> Flat:
+        segmenter.engines["exact"] = engine = Flat(network, 8)
+        assert (
+            len(list(segmenter.segment(frames[first:], start=start, span_frames=span))) == 50 - first - start
+        )
+        return engine
+
+    whole = batches(0, 0)
+    assert {index for batch in whole.decoded for index in batch} == set(range(50))
+    for begin in range(span, 50, span):
+        part = batches(begin - margin, margin)
+        assert part.decoded == [batch for batch in whole.decoded if batch[0] >= begin]
+        if span % 8 == 0:
+            assert part.encoded == [batch for batch in whole.encoded if batch[0] >= begin - margin]
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +375,7 @@ def test_inference_mode_does_not_leak_between_masks(segmenter: Segmenter, make_f
         ({"output_size": (0, 5)}, r"output_size must be positive, got \(0, 5\)"),
         ({"quality": "best"}, "quality must be one of fast, exact, multi_scale, got 'best'"),
         ({"start": -1}, "0 <= start <= stop, got -1 and None"),
+        ({"span_frames": 0}, "span_frames must be positive, got 0"),
         ({"start": 3, "stop": 2}, "0 <= start <= stop, got 3 and 2"),
     ],
 )
@@ -400,3 +462,26 @@ def test_masks_on_the_gpu_are_those_of_the_cpu(
         for device in ("cpu", str(cuda_device))
     )
     assert np.array_equal(on_cpu, on_gpu)
+
+
+class Late(TorchEngine):
+    """Its device takes some time for every batch."""
+
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        with torch.cuda.device(self.device):
+            torch.cuda._sleep(10**8)  # cycles
+        return super().decode(windows)
+
+
+@pytest.mark.gpu
+def test_masks_of_another_device_than_the_current_one_are_not_read_before_they_are_there(
+    cuda_device: object, make_network: Callable[..., IMCNet], make_frames: MakeFrames
+) -> None:
+    if torch.cuda.device_count() < 2:
+        pytest.skip("there is one CUDA device alone")
+    network, frames = make_network().double(), make_frames(20)
+    expected = list(Segmenter(network, device="cpu", input_size=SIZE).segment(frames))
+    segmenter = Segmenter(network, device="cuda:1", input_size=SIZE)
+    segmenter.engines["exact"] = Late(network, device=segmenter.device)
+    with torch.cuda.device(0):
+        assert np.array_equal(list(segmenter.segment(frames)), expected)

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 
-from model.stages import WriteBehind, read_ahead
+from model.stages import Stopwatch, WriteBehind, read_ahead
 from tests.waiting import wait_until
 
 
@@ -141,3 +141,20 @@ def test_a_block_that_fails_drops_what_has_not_begun() -> None:
     with pytest.raises(KeyError):
         fail_with_calls_left()
     assert not done
+
+
+def test_a_stopwatch_counts_the_time_that_it_takes_to_get_items_and_not_what_is_done_with_them() -> None:
+    def slow() -> Iterator[int | None]:
+        for item in (1, None, 3):
+            time.sleep(0.02)
+            yield item
+
+    watch = Stopwatch()
+    began = time.perf_counter()
+    taken = []
+    for item in watch.during_each(slow()):
+        taken.append(item)
+        time.sleep(0.1)
+    elapsed = time.perf_counter() - began
+    assert taken == [1, None, 3]
+    assert 0.06 <= watch.seconds <= elapsed - 0.3

@@ -18,8 +18,9 @@ from triton.compiler import ASTSource
 
 from model import triton_deform
 from model.deform import DeformableConv
+from model.errors import EngineUnavailable
 from model.imcnet import IMCNet
-from model.triton_deform import FusedDeformableConv, fuse_deformable_convs, fused_deform_conv2d
+from model.triton_deform import FusedDeformableConv, compiling, fuse_deformable_convs, fused_deform_conv2d
 
 Operands = tuple[Tensor, Tensor, Tensor, Tensor]
 
@@ -151,6 +152,19 @@ def test_a_network_whose_convolutions_are_fused_computes_the_same(network: IMCNe
     fused = _interpret(NETWORK_PROGRAM, (network, windows), tmp_path)
     with torch.inference_mode():
         torch.testing.assert_close(fused, network(windows).logits, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        triton.compiler.errors.CompilationError(None, None, "no such type"),
+        subprocess.CalledProcessError(1, ["gcc"]),
+        ImportError("failed to map segment from shared object"),
+    ],
+)
+def test_a_kernel_that_cannot_be_compiled_is_an_engine_that_is_not_there(error: Exception) -> None:
+    with pytest.raises(EngineUnavailable, match="cannot compile its kernel"), compiling():
+        raise error
 
 
 def test_every_deformable_convolution_of_a_network_is_replaced(make_network: Callable[..., IMCNet]) -> None:

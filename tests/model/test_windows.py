@@ -1,9 +1,10 @@
 import subprocess
 import sys
+from itertools import pairwise
 
 import pytest
 
-from model.windows import WindowLayout
+from model.windows import WindowLayout, batches_of
 
 
 @pytest.mark.parametrize(
@@ -56,6 +57,27 @@ def test_a_centre_outside_the_stream_is_refused(center: int, last: int) -> None:
 def test_impossible_layouts_are_refused(num_frames: int, frame_stride: int) -> None:
     with pytest.raises(ValueError, match="got"):
         WindowLayout(num_frames, frame_stride)
+
+
+@pytest.mark.parametrize(
+    ("start", "stop", "span_frames", "expected"),
+    [
+        (0, 20, None, [0, 8, 16, 20]),
+        (3, 20, None, [3, 11, 19, 20]),
+        (0, 20, 10, [0, 8, 10, 18, 20]),
+        (4, 24, 10, [4, 12, 14, 22, 24]),
+        (0, 12, 3, [0, 3, 6, 9, 12]),
+        (0, 20, 16, [0, 8, 16, 20]),
+        (5, 5, 3, []),
+    ],
+)
+def test_batches_end_with_their_spans(
+    start: int, stop: int, span_frames: int | None, expected: list[int]
+) -> None:
+    cut = [range(first, after) for first, after in pairwise(expected)]
+    assert list(batches_of(start, stop, batch=8, span_frames=span_frames)) == cut
+    endless = batches_of(start, None, batch=8, span_frames=span_frames)
+    assert [next(endless) for _ in cut[:-1]] == cut[:-1]
 
 
 def test_windows_come_without_torch() -> None:

@@ -30,12 +30,13 @@ def test_loop_and_engine_are_compared(figures: dict[str, object]) -> None:
     assert [each["encodes_per_frame"] for each in engines] == [1] * len(engines)
     assert [each["name"] for each in engines[:2]] == ["torch-float32", "openvino-float32"]
     assert engines[0]["flipped"] == 0
-    assert figures["speedup"] == max(each["ratio"] for each in engines if each["passes"])
+    assert figures["speedup"] == max((each["ratio"] for each in engines if each["passes"]), default=None)
 
 
 def test_a_whole_job_is_told_by_stage(figures: dict[str, object]) -> None:
     job = figures["job"]
     assert isinstance(job, dict)
+    assert job["engine"] == "torch-float32"  # these weights see nothing: no other is known to be right
     stages = [job[f"{name}_s"] for name in ("decode", "resize", "encode", "window", "write")]
     assert min(stages) > 0
     assert job["overlap"] == pytest.approx(sum(stages) / job["wall_s"])

@@ -222,6 +222,12 @@ def test_the_records_of_the_first_release_are_read_and_nothing_in_them_has_anoth
     assert all(written[name] is None for name in written.keys() - stored.keys())
 
 
+def test_an_outcome_of_before_engines_told_their_quality_is_read() -> None:
+    outcome = ended(JobStatus.SUCCEEDED, engine={"name": "torch-float32", "device": "cpu"})
+    assert outcome.engine is not None
+    assert outcome.engine.quality is None
+
+
 def test_record_and_outcome_survive_json() -> None:
     outcome = ended(JobStatus.FAILED, error=Problem.of(EngineFailed("It died.")), attempt=3)
     assert JobRecord.model_validate_json(RECORD.model_dump_json()) == RECORD

@@ -15,7 +15,7 @@ from worker.decode import VideoFrame
 from worker.png import encode_mask
 from worker.protocol import Mask
 
-ENGINE = EngineInfo(name="torch-float32", device="cpu")
+ENGINE = EngineInfo(name="torch-float32", device="cpu", quality="exact")
 MODEL = ModelInfo(name="m", backbone="resnet18", weights_sha256="0" * 64, trained=True)
 
 
@@ -35,7 +35,7 @@ def archive(path: Path, content: list[tuple[VideoFrame, Mask]]) -> Path:
         path,
         [(frame.pts, frame.time_seconds, encode_mask(mask)) for frame, mask in content],
         size=(33, 47),
-        options=JobOptions(),
+        options=JobOptions(quality="fast"),
         model=MODEL,
         engine=ENGINE,
         fps=25.0,
@@ -68,7 +68,8 @@ def test_the_archive_holds_every_mask_and_a_manifest_of_the_content_alone(tmp_pa
     assert np.array_equal(last, content[2][1])
     assert (manifest["height"], manifest["width"], manifest["fps"]) == (33, 47, 25.0)
     assert manifest["frames"][1] == {"file": "masks/00000001.png", "pts": 512, "time_s": 0.04}
-    assert manifest["options"] == {"threshold": 0.5, "max_side": None, "quality": "exact"}
+    assert manifest["options"] == {"threshold": 0.5, "max_side": None, "quality": "fast"}
+    assert manifest["engine"] == {"name": "torch-float32", "device": "cpu", "quality": "exact"}
     assert manifest["model"] == MODEL.model_dump()
 
 

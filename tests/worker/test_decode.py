@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -67,11 +68,20 @@ def test_frames_come_in_order_with_their_times(tmp_path: Path) -> None:
     assert reader.warnings == ()
 
 
+def parted(frames: Iterator[VideoFrame | None]) -> tuple[int, list[VideoFrame]]:
+    """How many frames come as None, all of them first, and the rest."""
+    every = list(frames)
+    rest = [frame for frame in every if frame is not None]
+    assert every == [None] * (len(every) - len(rest)) + rest
+    return len(every) - len(rest), rest
+
+
 def test_frames_that_are_passed_over_count_and_change_nothing_after_them(tmp_path: Path) -> None:
     video = write_video(tmp_path / "v.mp4", moving_square(10))
     whole, frames = read(video)
     with VideoReader(video, MediaLimits(), max_corrupt_fraction=0.05) as reader:
-        rest = list(reader.frames_from(7))
+        passed_over, rest = parted(reader.frames_from(7))
+    assert passed_over == 7
     assert (reader.frames, reader.warnings) == (whole.frames, whole.warnings)
     assert [frame.pts for frame in rest] == [frame.pts for frame in frames[7:]]
     assert all(np.array_equal(a.image, b.image) for a, b in zip(rest, frames[7:], strict=True))
@@ -320,7 +330,7 @@ def test_a_change_of_size_keeps_the_first_size_and_is_told(growing: Path) -> Non
 def test_a_change_of_size_is_told_by_a_reader_that_passes_it_over(growing: Path) -> None:
     whole, _ = read(growing, max_corrupt_fraction=1)
     with VideoReader(growing, MediaLimits(), max_corrupt_fraction=1) as reader:
-        rest = list(reader.frames_from(whole.frames - 1))
+        _, rest = parted(reader.frames_from(whole.frames - 1))
     assert len(rest) == 1
     assert rest[0].image.shape == (whole.height, whole.width, 3)
     assert reader.warnings == whole.warnings

@@ -35,6 +35,8 @@ REQUEST = StreamRequest(
     threshold=0.5,
     quality="exact",
     start=0,
+    span_frames=256,
+    max_pending=13,
 )
 
 
@@ -106,15 +108,19 @@ def test_the_engines_masks_are_the_segmenters(
 
 
 def test_it_says_what_computes_a_quality(engine: EngineProcess) -> None:
-    answers = [stream(engine).prepare(quality, timeout_seconds=300) for quality in ("exact", "multi_scale")]
-    assert answers == [EngineAnswer(engine=EngineInfo(name="torch-float32", device="cpu"))] * 2
+    qualities: list[Quality] = ["exact", "multi_scale"]
+    for quality in qualities:
+        assert stream(engine).prepare(quality, timeout_seconds=300) == EngineAnswer(
+            engine=EngineInfo(name="torch-float32", device="cpu", quality=quality),
+            max_pending=REQUEST.max_pending,
+        )
 
 
 def test_masks_that_cannot_be_compared_open_no_gate(engine: EngineProcess) -> None:
     """An untrained network sees objects nowhere, or everywhere."""
     pytest.importorskip("openvino", reason="needs imcnet[cpu]")
     answer = stream(engine).prepare("fast", timeout_seconds=300)
-    assert (answer.engine.name, answer.instead) == ("torch-float32", "exact")
+    assert (answer.engine.name, answer.engine.quality, answer.instead) == ("torch-float32", "exact", "exact")
     assert len(list(stream(engine).segment(frames(3), REQUEST))) == 3
 
 
@@ -225,6 +231,32 @@ def test_a_stream_that_is_given_up_leaves_the_engine_warm(engine: EngineProcess)
     assert engine.pid == pid
 
 
+def test_a_stream_that_is_given_up_while_frames_are_skipped_does_not_wait_for_the_first(
+    engine: EngineProcess,
+) -> None:
+    """Up to the point where a job goes on there may be hours of video."""
+    began = time.monotonic()
+
+    def a_minute() -> Iterator[VideoFrame | None]:
+        while time.monotonic() < began + 60:
+            time.sleep(0.01)
+            yield None
+
+    def stop_after_a_second() -> None:
+        if time.monotonic() > began + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(stream(engine, tick=stop_after_a_second).segment(a_minute(), REQUEST))
+    assert time.monotonic() < began + 20
+    assert engine.is_idle(timeout_seconds=10)
+
+
+def test_frames_that_are_skipped_are_not_sent(engine: EngineProcess) -> None:
+    mixed = (frame for wanted in frames(3) for frame in (None, wanted, None))
+    assert [each.frame.pts for each in stream(engine).segment(mixed, REQUEST)] == [0, 1, 2]
+
+
 def test_an_error_while_decoding_reaches_the_caller(engine: EngineProcess) -> None:
     def broken() -> Iterator[VideoFrame]:
         yield from frames(2)
@@ -276,7 +308,8 @@ def test_an_engine_is_not_hanging_while_it_takes_frames(tmp_path: Path) -> None:
     init_weights(weights, IMCNetConfig("resnet18", frame_stride=30), seed=0)
     engine = EngineProcess(settings(weights, input_size=32))
     engine.ensure_running()
-    request = REQUEST.model_copy(update={"height": 16, "width": 16, "quality": "multi_scale"})
+    small = {"height": 16, "width": 16, "quality": "multi_scale"}
+    request = REQUEST.model_copy(update={**small, "max_pending": 31})
 
     def seconds_to_the_first_mask(stall_seconds: float) -> float:
         # So small that the socket takes them all at once: only the engine knows how far it is.
@@ -303,7 +336,9 @@ def test_frames_of_another_size_than_announced_end_the_engine(engine: EngineProc
     assert engine.pid != pid
 
 
-def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
+@pytest.mark.parametrize("side", [40, 4000])
+def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess, side: int) -> None:
+    """Small masks would wait in the sockets by the hundred, and as many frames in memory."""
     decoded = 0
 
     def counted() -> Iterator[VideoFrame]:
@@ -312,11 +347,11 @@ def test_a_slow_reader_holds_the_decoder_back(engine: EngineProcess) -> None:
             decoded += 1
             yield frame
 
-    large_masks = REQUEST.model_copy(update={"mask_height": 4000, "mask_width": 4000})
-    segmented = stream(engine).segment(counted(), large_masks)
+    request = REQUEST.model_copy(update={"mask_height": side, "mask_width": side})
+    segmented = stream(engine).segment(counted(), request)
     next(segmented)
-    time.sleep(2)  # nobody takes masks meanwhile: the sockets fill up, and nothing else does
-    assert decoded < 200
+    time.sleep(2)  # nobody takes masks meanwhile
+    assert decoded <= 1 + REQUEST.max_pending + 1  # done, waiting, and the one that would be the next
     segmented.close()
 
 

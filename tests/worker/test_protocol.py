@@ -18,6 +18,8 @@ REQUEST = StreamRequest(
     threshold=0.5,
     quality="exact",
     start=0,
+    span_frames=256,
+    max_pending=1,
 )
 
 

@@ -7,14 +7,13 @@ from pathlib import Path
 import av
 import pytest
 
-from service.jobs import ArtifactKind, EngineInfo, JobOptions, JobRecord, Outcome, Progress, Quality, utc_now
+from service.jobs import ArtifactKind, JobOptions, JobRecord, Outcome, Progress, Quality, utc_now
 from service.media import MediaLimits
 from tests.service.test_jobs import RECORD
 from tests.videos import damage_packets, moving_square, noise, write_video
 from worker.decode import VideoReader
 from worker.engine_process import EngineProcess, EngineStream
 from worker.pipeline import run_job
-from worker.protocol import EngineAnswer
 from worker.settings import WorkerSettings
 from worker.spans import SpanDamaged, SpanStore
 
@@ -103,7 +102,7 @@ class Job:
                 SpanStore(self.spans, self._length),
                 stream=stream,
                 model=self._engine.ready.model,
-                prepared=EngineAnswer(engine=EngineInfo(name="torch-float32", device="cpu")),
+                prepared=stream.prepare(self._record.options.quality, timeout_seconds=60),
                 margin_frames=self._engine.ready.margin_frames,
                 attempt=self.attempts,
                 started_at=utc_now(),
