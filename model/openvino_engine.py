@@ -41,12 +41,8 @@ _HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 _CAPABILITY: Mapping[Precision, str] = {"float32": "FP32", "bfloat16": "BF16"}
 _GRAPHS = ("encoder", "window")
 _MANIFEST = "manifest.json"
-_DAMAGED = (
-    ValueError,
-    KeyError,
-    TypeError,
-    AttributeError,
-)  # what a manifest raises that is another document
+# What reading a manifest raises that is another document.
+_DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
 
 
 class OpenVINOEngine:
