@@ -76,9 +76,12 @@ class Access:
         await self._app(scope, receive, send)
 
     async def _admit(self, scope: Scope) -> ApiKey | None:
-        """Raises: InvalidRequest: ``headers_too_large``.
+        """Returns: The key; None where none is needed.
 
-        CrossSite, ForeignHost, Unauthorized, RateLimited, StorageUnavailable.
+        Raises:
+            InvalidRequest: ``headers_too_large``.
+            CrossSite, ForeignHost, Unauthorized, RateLimited: The request is not let in.
+            StorageUnavailable: Whether it may be, cannot be told.
         """
         if _head_bytes(scope) > self._max_header_bytes:
             detail = f"Address and headers have more than {self._max_header_bytes} bytes."

@@ -108,7 +108,7 @@ class KeyStore:
 
     def _paths(self) -> list[Path]:
         # Not glob(), which says of a directory that it may not read that there is nothing in it.
-        with disk_errors_translated(but=(FileNotFoundError,)), suppress(FileNotFoundError):
+        with disk_errors_translated(), suppress(FileNotFoundError):
             return [self._root / name for name in os.listdir(self._root) if name.endswith(".json")]
         return []
 

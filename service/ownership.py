@@ -60,7 +60,8 @@ class Reservation:
 
     def release(self) -> None:
         """Give the room back; once is enough."""
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # without its lock it counts for nothing, and the next look removes it
+            self._path.unlink(missing_ok=True)
         self._file.close()
 
 
@@ -108,7 +109,7 @@ class Ownership:
         """What is under way; the caller has the owner :meth:`locked`."""
         sizes = []
         for path in (self._root / owner).glob("*.upload"):
-            with suppress(FileNotFoundError):  # it has just ended
+            with disk_errors_translated(), suppress(FileNotFoundError):  # it has just ended
                 if in_use(path):
                     sizes.append(path.stat().st_size)
                 else:  # its process has died

@@ -107,8 +107,8 @@ class VideoReader:
     def frames_from(self, first: int) -> Generator[VideoFrame | None, None, None]:
         """Decode frame after frame, and yield those from ordinal ``first`` on.
 
-        The others are only inspected. In place of each comes None, so that a reader who is no longer
-        interested has not to wait for the first.
+        The others are only inspected. In place of each comes None, so that whoever is no longer interested
+        need not wait for the first.
 
         Raises:
             UnusableVideo: ``truncated_input``, ``corrupt_input``, ``too_many_frames``,

@@ -239,8 +239,10 @@ def _whole_job(
 
 
 def _images(source: Path, settings: WorkerSettings, count: int) -> "Iterator[Frame]":
-    """A video's first frames. The file is opened and closed by whoever takes them: it may be another thread,
-    which nobody waits for."""
+    """A video's first frames.
+
+    Whoever takes them opens and closes the file: it may be another thread, which nobody waits for.
+    """
     with VideoReader(
         source, settings.media_limits, max_corrupt_fraction=settings.max_corrupt_fraction
     ) as reader:
