@@ -27,7 +27,8 @@ class IMCNetConfig:
         motion_cue: Whether the fusion takes 64 more maps, which say what moves against the camera: softmax
             (25 C) of the correlation C(p, d) = <V3(p), V3'(p + d)> over displacements d gives the expected
             flow F(p) and its confidence, an affine camera motion A is fitted to F, and convolutions read
-            F - A, confidence and C; see ``model.motion_cue``. The weights of these maps start at zero.
+            F - A, confidence and C beside V3 and P2 of the centre frame; see ``model.motion_cue``. Its
+            features become P2 + t (fused - P2), where the cue gives t in (0, 1); see ``Compensation``.
 
     Raises:
         ValueError: A value is not one of those allowed, or an option asks for a part that the variant lacks.
@@ -77,5 +78,10 @@ def usual_config(backbone: BackboneName) -> IMCNetConfig:
     if imagenet_normalisation(backbone) == "imagenet":
         return IMCNetConfig(backbone)
     return IMCNetConfig(
-        backbone, normalisation="centred", whitening=True, affinity_blend=True, motion_cue=True
+        backbone,
+        alignment_stages=1,  # more gave nothing beside the motion cue: see docs/training.md
+        normalisation="centred",
+        whitening=True,
+        affinity_blend=True,
+        motion_cue=True,
     )

@@ -11,7 +11,7 @@ paper's is an option of ``model.config``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -84,9 +84,9 @@ class IMCNet(nn.Module):
         self.compensation = Compensation(num_frames)
         self.segmentation = SegmentationHead()
         self.whitening = PyramidWhitening(self.backbone.channels) if self.config.whitening else None
-        self.cue = MotionCue() if self.config.motion_cue else None
+        self.cue = MotionCue(self.backbone.channels[1], CHANNELS) if self.config.motion_cue else None
         if self.cue is not None:
-            self.compensation.spatial.take_cue()
+            self.compensation.take_cue()
 
     def encode_frame(self, images: Tensor) -> FrameFeatures:
         """Compute what does not depend on a frame's neighbours.
@@ -173,12 +173,14 @@ class IMCNet(nn.Module):
 
     def _compensate(self, features: Tensor, window: Sequence[FrameFeatures]) -> Tensor:
         """Run MCM on P2 of all frames, ``(B * T, C, h, w)``; returns the logits of the centre frames."""
-        aligned = self.alignment(_split_frames(features, self.config.num_frames))
+        frames = _split_frames(features, self.config.num_frames)
+        aligned = self.alignment(frames)
         if self.cue is None:
             fused = self.compensation(aligned)
         else:
-            first, centre, last = (window[place].pyramid.v3 for place in (0, len(window) // 2, -1))
-            fused = self.compensation(aligned, self.cue(first, centre, last))
+            before, centre, after = (window[place].pyramid.v3 for place in (0, len(window) // 2, -1))
+            cue = self.cue(before, centre, after, frames[:, len(window) // 2])
+            fused = self.compensation(aligned, cue)
         logits: Tensor = self.segmentation(fused)
         return logits
 
@@ -390,6 +392,18 @@ class Compensation(nn.Module):
         super().__init__()
         self.temporal = TemporalAttention()
         self.spatial = SpatialAttention(num_frames * CHANNELS)
+        self.trust: nn.Conv2d | None = None
+
+    def take_cue(self) -> None:
+        """Let the fusion read the motion cue, and decide by it where motion counts.
+
+        With t = sigmoid(conv1x1(cue)) at every pixel, the result is P2 + t (fused - P2): between what the
+        centre frame shows by itself and what the window shows. t starts at one half everywhere.
+        """
+        self.spatial.take_cue()
+        self.trust = conv1x1(CUE_CHANNELS, 1)
+        for parameter in self.trust.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, frames: Tensor, cue: Tensor | None = None) -> Tensor:
         """Fuse frames.
@@ -402,10 +416,11 @@ class Compensation(nn.Module):
             Features of the centre frame, ``(B, C, h, w)``.
         """
         inputs = (frames * self.temporal(frames)).flatten(1, 2)
-        if cue is not None:
-            inputs = torch.cat([inputs, resize(cue, inputs.shape[-2:])], dim=1)
-        fused: Tensor = self.spatial(inputs)
-        return fused
+        if cue is None or self.trust is None:
+            return cast("Tensor", self.spatial(inputs))
+        cue = resize(cue, inputs.shape[-2:])
+        fused = self.spatial(torch.cat([inputs, cue], dim=1))
+        return torch.lerp(frames[:, frames.shape[1] // 2], fused, self.trust(cue).sigmoid())
 
 
 class TemporalAttention(nn.Module):

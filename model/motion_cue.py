@@ -28,6 +28,8 @@ _WIDTH = 48
 _FITS = 6
 _RIDGE = 1e-2
 _CORRELATION_GAIN = 3.0
+_CONTEXT_GAIN = 0.1  # P2 is not normalised: trained weights give it a standard deviation of about 15
+_REACH = 4  # dilation of the widest convolution, in pixels of V3
 
 
 class Motion(NamedTuple):
@@ -58,24 +60,43 @@ class Motion(NamedTuple):
 
 
 class MotionCue(nn.Module):
-    """Maps of motion against the camera, for the two 1x1 convolutions of ``SpatialAttention``.
+    """Maps of motion against the camera, for the fusion of ``Compensation``.
+
+    Motion is read beside the appearance of the centre frame. V3 shows where things end that move, also those
+    that no side mask let through. P2 shows what is salient, which tells an object at rest from the water that
+    moves around it.
 
     Measuring has no gradient and is float32 at least, whatever autocast says; float64 in a network of that.
+
+    Args:
+        v3_channels: Channels of V3.
+        p2_channels: Channels of P2.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, v3_channels: int, p2_channels: int) -> None:
         super().__init__()
         self.embed = nn.Sequential(conv1x1(_DIAMETER**2, _EMBEDDED), nn.ReLU())
         self.first = conv3x3(2 * (8 + _EMBEDDED), _WIDTH)
-        self.second = conv3x3(2 * _WIDTH, _WIDTH)
+        self.second = conv3x3(2 * _WIDTH + p2_channels + v3_channels, _WIDTH)
+        self.wide = nn.Conv2d(_WIDTH, _WIDTH, 3, padding=_REACH, dilation=_REACH)
         self.third = conv3x3(_WIDTH, CUE_CHANNELS)
 
-    def forward(self, before: Tensor, reference: Tensor, after: Tensor) -> Tensor:
-        """Args: V3 of the three frames, ``(B, C, h, w)``. Returns ``(B, 64, h, w)``, not negative."""
+    def forward(self, before: Tensor, reference: Tensor, after: Tensor, decoded: Tensor) -> Tensor:
+        """Read the motion of the centre frame.
+
+        Args:
+            before, reference, after: V3 of the three frames, ``(B, C, h, w)``.
+            decoded: P2 of the centre frame, ``(B, C, 2h, 2w)``.
+
+        Returns:
+            ``(B, 64, h, w)``, not negative.
+        """
         features = self.first(torch.cat([*self._measured(before, reference, after)], dim=1)).relu()
         # What is common to the whole map tells a camera at rest from one that moves.
         common = features.mean(dim=(2, 3), keepdim=True).expand_as(features)
-        features = self.second(torch.cat([features, common], dim=1)).relu()
+        context = functional.avg_pool2d(decoded, 2) * _CONTEXT_GAIN
+        features = self.second(torch.cat([features, common, context, reference], dim=1)).relu()
+        features = features + self.wide(features).relu()
         cue: Tensor = self.third(features).relu()
         return cue
 
