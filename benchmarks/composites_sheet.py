@@ -38,10 +38,10 @@ def main() -> None:
 
     data = PackedData(arguments.data, arguments.cache, side=arguments.side)
     rows = []
-    for kind in arguments.kinds:
+    for number, kind in enumerate(arguments.kinds):
         composites = motion_composites(data, num_frames=3, mix=_only(kind))
         for row in range(arguments.rows):
-            seeds = [(arguments.seed, row, half) for half in range(2)]
+            seeds = [(arguments.seed, number, row, half) for half in range(2)]
             rows.append(_row(kind, composites, seeds, arguments.size))
     Image.fromarray(np.concatenate(rows)).save(arguments.out, quality=88)
 
@@ -52,7 +52,7 @@ def _only(kind: Kind) -> MotionMix:
 
 
 def _row(
-    kind: Kind, composites: MotionComposites, seeds: list[tuple[int, int, int]], size: int
+    kind: Kind, composites: MotionComposites, seeds: list[tuple[int, ...]], size: int
 ) -> NDArray[np.uint8]:
     strips = [_strip(composites.sample(0, np.random.default_rng(seed), size)) for seed in seeds]
     gap = np.full((size, _GAP, 3), 255, np.uint8)

@@ -124,7 +124,7 @@ class Augmentation:
         if self.grey and rng.random() < self.grey:
             frames = frames.mean(dim=1, keepdim=True).expand_as(frames)
         if self.blur and rng.random() < self.blur:
-            frames = _lose_detail(frames, rng.uniform(1.5, 3))
+            frames = _lose_detail(frames, rng.uniform(1.5, 2.5))
         if self.noise and rng.random() < self.noise:
             grain = rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(rng.uniform(2, 10))
             frames = frames + torch.from_numpy(grain)

@@ -121,9 +121,11 @@ def render(
         through = 1 - front[:, 3:]
         picture.mul_(through).add_(front)
         moving.mul_(through)
-    both = torch.cat([picture, moving], dim=1)
-    exposed = both.view(len(times), -1, *both.shape[1:]).mean(dim=1)
-    return exposed[:, :3], exposed[:, 4], exposed[:, 3]
+    if exposure:
+        picture, moving = (
+            shares.view(len(times), -1, *shares.shape[1:]).mean(dim=1) for shares in (picture, moving)
+        )
+    return picture[:, :3], moving[:, 0], picture[:, 3]
 
 
 def flicker(frames: Tensor, rng: np.random.Generator) -> Tensor:

@@ -28,7 +28,7 @@ _ASPECTS = (1.0, 1.8)  # of frames, before they are squeezed to squares
 _EXTENTS = (0.13, 0.6)  # of things: root of their area, in sides of the frame
 _SPEEDS = (0.015, 0.13)  # of a thing across the background, in sides a step: as DAVIS moves at stride 4
 _EXPOSURES = (0.1, 0.3)  # steps for which the shutter is open, where motion blurs
-_CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.2, noise=0.4)
+_CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
 _LEAST = 0.004  # share of the frame in the middle that must be foreground
 _TRIES = 3
 
