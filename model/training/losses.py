@@ -20,7 +20,7 @@ def total_loss(prediction: Prediction, truth: Tensor) -> Tensor:
 
     Args:
         prediction: Of B windows of T frames; T is 1 for still images.
-        truth: ``(B, T, H, W)`` bool; the final mask belongs to the frame in the middle.
+        truth: ``(B, T, H, W)``, shares within [0, 1]; the final mask belongs to the frame in the middle.
 
     Returns:
         A scalar.

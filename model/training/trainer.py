@@ -156,7 +156,7 @@ class Training:
             prediction: Prediction = self._forward(batch.kind, frames)
         # Before the loss: cross-entropy takes NaN for a fault of ours, and on CUDA its assertion is final.
         self._require_finite("masks", *prediction)
-        loss = total_loss(prediction, batch.masks.to(self.device, non_blocking=True))
+        loss = total_loss(prediction, batch.masks.to(self.device, non_blocking=True).float() / 255)
         # Stills leave no gradient on what they pass by; zeros instead of None would let Adam's momentum
         # go on moving those parts.
         self.optimizer.zero_grad(set_to_none=True)

@@ -20,7 +20,7 @@ def mean_similarity(network: IMCNet, source: SampleSource, size: int) -> float:
     """Mean J of up to 64 windows, spread over the source. Leaves the network in evaluation mode."""
     scores = []
     for sample in _spread(source, _WINDOWS, size):
-        truth = sample.masks[len(sample.masks) // 2]
+        truth = sample.masks[len(sample.masks) // 2] >= 128
         scores.append(region_similarity(_mask(network, sample).numpy(), truth.numpy()))
     return float(np.mean(scores))
 
