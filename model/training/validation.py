@@ -1,7 +1,8 @@
 """How good a network is while it trains: J on held-out sequences, with motion and without, and masks to view."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -12,10 +13,15 @@ from model.imcnet import IMCNet, foreground_probability
 from model.preprocess import normalise
 from model.training.samples import Sample, SampleSource
 
-HeldOut = Mapping[str, SampleSource]
-"""Windows of each held-out sequence, by its name."""
+class HeldOut(SampleSource, Protocol):
+    """Windows of sequences that training never sees."""
 
-_WINDOWS = 64
+    @property
+    def names(self) -> Sequence[str]:
+        """The sequence of each window."""
+        ...
+
+
 _EXAMPLES = 4
 _TINT = (230, 60, 60)
 
@@ -45,20 +51,20 @@ class Scores:
 
 @torch.inference_mode()
 def score(network: IMCNet, held_out: HeldOut, size: int) -> Scores:
-    """J on about 64 windows, as many of each sequence. Leaves the network in evaluation mode."""
-    count = max(1, round(_WINDOWS / len(held_out)))
+    """J on all windows. Leaves the network in evaluation mode."""
     network.eval()
-    windows: dict[str, float] = {}
-    stills: dict[str, float] = {}
-    for name, source in held_out.items():
-        pairs = [_similarities(network, sample) for sample in _spread(source, count, size)]
-        windows[name], stills[name] = (float(np.mean(of_path)) for of_path in zip(*pairs, strict=True))
+    found: dict[str, list[tuple[float, float]]] = {}
+    for place, name in enumerate(held_out.names):
+        found.setdefault(name, []).append(_similarities(network, _sample(held_out, place, size)))
+    windows, stills = (
+        {name: float(np.mean([pair[path] for pair in pairs])) for name, pairs in found.items()} for path in (0, 1)
+    )
     return Scores(windows, stills)
 
 
 @torch.inference_mode()
 def examples(network: IMCNet, held_out: HeldOut, size: int) -> Tensor:
-    """A centre frame of each of up to 4 sequences, with its mask in red over it.
+    """Centre frames of up to 4 windows, spread over all, with their masks in red over them.
 
     Leaves the network in evaluation mode.
 
@@ -67,8 +73,8 @@ def examples(network: IMCNet, held_out: HeldOut, size: int) -> Tensor:
     """
     network.eval()
     pictures = []
-    for source in list(held_out.values())[:_EXAMPLES]:
-        (sample,) = _spread(source, 1, size)
+    for place in np.linspace(0, len(held_out) - 1, min(_EXAMPLES, len(held_out))).round():
+        sample = _sample(held_out, int(place), size)
         frame = sample.frames[len(sample.frames) // 2]
         tinted = (frame.float() + torch.tensor(_TINT).view(3, 1, 1)) / 2
         mask = _mask(_window_logits(network, _input(network, sample)))
@@ -86,11 +92,8 @@ def _similarities(network: IMCNet, sample: Sample) -> tuple[float, float]:
     return first, second
 
 
-def _spread(source: SampleSource, count: int, size: int) -> Iterator[Sample]:
-    """Samples in the middles of ``count`` equal parts of the source."""
-    count = min(count, len(source))
-    for place in range(count):
-        yield source.sample((2 * place + 1) * len(source) // (2 * count), np.random.default_rng(0), size)
+def _sample(held_out: HeldOut, place: int, size: int) -> Sample:
+    return held_out.sample(place, np.random.default_rng(0), size)
 
 
 def _input(network: IMCNet, sample: Sample) -> Tensor:

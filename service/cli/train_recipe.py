@@ -47,7 +47,7 @@ def train_recipe(
     from model.segmenter import resolve_device
     from model.training.packed import PackedData
     from model.training.recipe import SUMMARY_NAME, RecipeData, RecipeRun, phases_from
-    from model.training.recipe_data import held_out_windows, packed_sources
+    from model.training.sources import held_out_windows, packed_sources
     from model.training.trainer import BEST_NAME
     from model.weights import WeightsInfo
 
