@@ -59,7 +59,9 @@ def alignment_without_gradients(network: IMCNet) -> Iterator[None]:
     def restore_centre(_: nn.Module, __: tuple[Tensor, ...], aligned: Tensor) -> Tensor:
         frames = given.pop()
         centre = frames.shape[1] // 2
-        return torch.cat([aligned[:, :centre], frames[:, centre : centre + 1], aligned[:, centre + 1 :]], dim=1)
+        return torch.cat(
+            [aligned[:, :centre], frames[:, centre : centre + 1], aligned[:, centre + 1 :]], dim=1
+        )
 
     hooks = [
         network.alignment.register_forward_pre_hook(detach),

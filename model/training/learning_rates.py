@@ -40,7 +40,6 @@ def parameter_groups(
     return list(groups.values())
 
 
-
 def freeze_all_but(network: IMCNet, groups: list[dict[str, Any]]) -> None:
     """Compute gradients for the parameters in ``groups`` alone.
 

@@ -36,7 +36,8 @@ def side_loss(side_masks: Tensor, target: Tensor, *, stride: int = 1) -> Tensor:
     Args:
         side_masks: Of B windows of T frames, ``(B, T, levels, H, W)``; T is 1 for still images.
         target: Share of foreground, ``(B, T, H, W)`` in [0, 1].
-        stride: Masks and targets are first averaged over squares of this side: at 2, the loss costs a quarter.
+        stride: Side of the squares over which masks and targets are averaged first: at 2, the loss costs a
+            quarter.
 
     Returns:
         A scalar.

@@ -1,4 +1,4 @@
-"""How the network is trained: every number of the paper's stages and of the shipped recipe, in this one place."""
+"""How the network is trained: every number of the paper's stages and of the recipes, in this one place."""
 
 import math
 import re

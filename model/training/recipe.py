@@ -115,7 +115,8 @@ class RecipeRun:
         resumed = (folder / CHECKPOINT_NAME).exists()
         # What a checkpoint replaces anyway need not be made.
         network = build_network(self.recipe.network) if resumed else self._network(place)
-        earlier = [entry["j"] for done in self.phases[:place] for entry in read_history(self.folder / done.name)]
+        earlier = [read_history(self.folder / done.name) for done in self.phases[:place]]
+        best_j = max((entry["j"] for history in earlier for entry in history), default=RunFiles.best_j)
         return Training(
             network,
             phase,
@@ -123,7 +124,7 @@ class RecipeRun:
             info=self._info(place),
             folder=folder,
             device=self.device,
-            run=RunFiles(self.folder, max(earlier, default=RunFiles.best_j)),
+            run=RunFiles(self.folder, best_j),
             workers=self.workers,
         )
 
@@ -155,9 +156,10 @@ class RecipeRun:
 
     def _info(self, place: int) -> WeightsInfo:
         steps = ", ".join(f"{phase.steps} steps of {phase.name}" for phase in self.phases[: place + 1])
+        made_by = f"recipe {self._recipe_name}, {steps}, from {self._started_from}"
         return replace(
             self.info,
-            provenance=f"{self.info.provenance}: recipe {self._recipe_name}, {steps}, from {self._started_from}",
+            provenance=f"{self.info.provenance}: {made_by}",
             input_size=self.phases[place].validation_size,
         )
 

@@ -7,7 +7,9 @@ from typing import Any
 from model.training.trainer import LOG_NAME, read_history
 from model.training.training_log import read_log
 
-_HEAD = f"{'phase':<10}{'steps':>7}{'core-hours':>12}{'loss':>8}{'J':>7}{'still J':>9}{'best J':>8}{'at step':>9}"
+_HEAD = (
+    f"{'phase':<10}{'steps':>7}{'core-hours':>12}{'loss':>8}{'J':>7}{'still J':>9}{'best J':>8}{'at step':>9}"
+)
 
 
 def summary(folder: Path, phases: Sequence[str]) -> str:
@@ -17,9 +19,7 @@ def summary(folder: Path, phases: Sequence[str]) -> str:
     """
     lines = [_HEAD]
     log = read_log(folder / LOG_NAME) if (folder / LOG_NAME).exists() else []
-    validations = [
-        {**entry, "phase": phase} for phase in phases for entry in read_history(folder / phase)
-    ]
+    validations = [{**entry, "phase": phase} for phase in phases for entry in read_history(folder / phase)]
     for phase in phases:
         logged = [line for line in log if line["phase"] == phase]
         validated = [entry for entry in validations if entry["phase"] == phase]

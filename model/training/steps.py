@@ -76,7 +76,9 @@ class MixedSteps(Dataset[StepBatches]):
         for kind, source, samples in self._kinds:
             seeds = ((seed, step, position, ord(kind[0])) for position in range(samples))
             if samples:
-                batches.append(_batch(kind, [_draw(source, np.random.default_rng(key), size) for key in seeds]))
+                batches.append(
+                    _batch(kind, [_draw(source, np.random.default_rng(key), size) for key in seeds])
+                )
         return tuple(batches)
 
 

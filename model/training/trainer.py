@@ -224,9 +224,7 @@ class Training:
 
     def _losses_of(self, batch: SampleBatch) -> dict[str, Tensor]:
         """The parts of a batch's loss."""
-        frames = normalise(
-            batch.frames.to(self.device, non_blocking=True), self.network.config.normalisation
-        )
+        frames = normalise(batch.frames.to(self.device, non_blocking=True), self.network.config.normalisation)
         with self._autocast(), ExitStack() as conditions:
             if batch.kind == "video":
                 self._prepare_windows(conditions, len(frames))
@@ -234,7 +232,8 @@ class Training:
         # Before the loss: cross-entropy takes NaN for a fault of ours, and on CUDA its assertion is final.
         self._require_finite("masks", *(values for values in maps if values is not None))
         final, side = (
-            masks.to(self.device, non_blocking=True).float() / 255 for masks in (batch.masks, batch.side_masks)
+            masks.to(self.device, non_blocking=True).float() / 255
+            for masks in (batch.masks, batch.side_masks)
         )
         parts = {"final": final_loss(maps.logits, final[:, final.shape[1] // 2])}
         if maps.side_masks is not None:

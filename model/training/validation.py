@@ -13,6 +13,7 @@ from model.imcnet import IMCNet, foreground_probability
 from model.preprocess import normalise
 from model.training.samples import Sample, SampleSource
 
+
 class HeldOut(SampleSource, Protocol):
     """Windows of sequences that training never sees."""
 
@@ -57,7 +58,8 @@ def score(network: IMCNet, held_out: HeldOut, size: int) -> Scores:
     for place, name in enumerate(held_out.names):
         found.setdefault(name, []).append(_similarities(network, _sample(held_out, place, size)))
     windows, stills = (
-        {name: float(np.mean([pair[path] for pair in pairs])) for name, pairs in found.items()} for path in (0, 1)
+        {name: float(np.mean([pair[path] for pair in pairs])) for name, pairs in found.items()}
+        for path in (0, 1)
     )
     return Scores(windows, stills)
 

@@ -73,7 +73,8 @@ def train(
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0, help="Processes that make samples, for each device. Default: 0 for a recipe, 4 for a preset."
+            min=0,
+            help="Processes that make samples, for each device. Default: 0 for a recipe, 4 for a preset.",
         ),
     ] = None,
     preload: options.PreloadOption = False,
@@ -160,7 +161,15 @@ def train(
         data = Sources(roots, config, stage, single_object_list, preload).data()
         network = load_weights(init)[0] if init else new_network(config, start, seed=stage.seed)
         claim_folder(out, {"start": started_from})
-        run = Training(network, stage, data, info=info, folder=out, device=own_device, workers=4 if workers is None else workers)
+        run = Training(
+            network,
+            stage,
+            data,
+            info=info,
+            folder=out,
+            device=own_device,
+            workers=4 if workers is None else workers,
+        )
         with _events(out / "events", run.step, first=rank() == 0) as events:
             run.run(events=events)
         if rank() == 0:
