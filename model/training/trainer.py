@@ -316,7 +316,7 @@ class Training:
 
 
 def is_finished(folder: Path, steps: int) -> bool:
-    """Whether a training of so many steps has ended in ``folder``; its weights are written before its history."""
+    """Whether a training of so many steps has ended in ``folder``: it writes its history last."""
     history = read_history(folder)
     return bool(history) and history[-1]["step"] == steps
 

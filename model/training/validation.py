@@ -1,4 +1,4 @@
-"""How good a network is while it trains: J on held-out sequences, with motion and without, and masks to view."""
+"""How good a network is while it trains: held-out J, with motion and without, and masks to view."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -84,7 +84,8 @@ def train(
     licence: Annotated[
         str | None,
         typer.Option(
-            help="Terms of the weights, as an SPDX identifier. Default: CC-BY-NC-4.0 for a recipe, else unknown."
+            help="Terms of the weights, as an SPDX identifier. "
+            "Default: CC-BY-NC-4.0 for a recipe, else unknown."
         ),
     ] = None,
     provenance: Annotated[
