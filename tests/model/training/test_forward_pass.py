@@ -55,17 +55,13 @@ def test_the_alignment_can_pass_features_on_without_gradients(network: IMCNet, w
     assert all(parameter.requires_grad for parameter in network.alignment.parameters())
 
 
-def test_without_gradients_only_the_centre_frame_teaches_the_decoder(
-    network: IMCNet, windows: Tensor
-) -> None:
-    frames = windows.clone().requires_grad_(True)
+def test_without_gradients_only_the_centre_frame_teaches_the_decoder(network: IMCNet) -> None:
     with alignment_without_gradients(network):
         features = torch.randn(1, 3, 64, 16, 16, requires_grad=True)
         network.alignment(features).sum().backward()
     assert features.grad is not None
     assert features.grad[:, 1].eq(1).all()
     assert features.grad[:, ::2].eq(0).all()
-    assert frames.grad is None
 
 
 def test_the_cue_is_dropped_for_whole_windows(network: IMCNet, windows: Tensor) -> None:
@@ -88,7 +84,7 @@ def test_offsets_and_the_affinity_are_measured(network: IMCNet, windows: Tensor)
         ForwardPass(network)("video", windows)
     keys = torch.stack([network.encode_frame(frame).key for frame in windows.unbind(1)], dim=1)
     columns = network.affinity.weights(keys).amax(dim=1)
-    assert measured.affinity == pytest.approx(float(columns.mean()), rel=1e-4)
+    assert measured.affinity == pytest.approx(columns.mean().item(), rel=1e-4)
     assert len(measured.offsets) == 4
     assert all(0.1 < offset < 2 for offset in measured.offsets)
 
