@@ -23,7 +23,8 @@ class RenderedWindows:
             scene = list(render_scene(frames=2 * num_frames - 1, height=size, width=size, seed=seed))[::2]
             frames = np.stack([image for image, _ in scene]).transpose(0, 3, 1, 2)
             masks = np.stack([mask for _, mask in scene])
-            self._samples.append(Sample(torch.from_numpy(frames.copy()), torch.from_numpy(masks)))
+            shares = torch.from_numpy(masks.astype(np.uint8) * 255)
+            self._samples.append(Sample(torch.from_numpy(frames.copy()), shares, shares))
 
     def cropped(self, size: int) -> Self:
         """The squares of ``size`` pixels around the middle of the object."""
@@ -32,7 +33,8 @@ class RenderedWindows:
             limit = sample.masks.shape[-1] - size
             top, left = (middle - size // 2).clamp(0, limit).tolist()
             square = (..., slice(top, top + size), slice(left, left + size))
-            self._samples[place] = Sample(sample.frames[square], sample.masks[square])
+            masks = sample.masks[square]
+            self._samples[place] = Sample(sample.frames[square], masks, masks)
         return self
 
     def __len__(self) -> int:

@@ -1,5 +1,6 @@
 """Windows of real videos and stills, varied anew each time: flipped, turned, zoomed, recoloured."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -7,9 +8,34 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.training.pictures import Picture, Pictures
+from model.training.pictures import Picture, PictureSource
 from model.training.samples import Sample
 from model.windows import WindowLayout
+
+
+@dataclass(frozen=True)
+class Camera:
+    """Moves the frames of a window against each other, as a hand does that holds a camera.
+
+    Args:
+        still: Probability that nothing moves.
+        pan: Standard deviation of the steady motion a frame, in half sides; it turns and zooms a little, too.
+        shake: Standard deviation of the unsteady motion, in half sides.
+    """
+
+    still: float = 0.25
+    pan: float = 0.03
+    shake: float = 0.006
+
+    def path(self, frames: int, aspect: float, rng: np.random.Generator) -> list[Tensor]:
+        """For each frame, an affine map of sample places, homogeneous: ``(3, 3)``."""
+        if rng.random() < self.still:
+            return [torch.eye(3)] * frames
+        times = np.arange(frames)[:, None] - (frames - 1) / 2
+        # x, y, angle, magnification
+        steady = rng.normal(0, [self.pan, self.pan, self.pan / 2, self.pan / 2])
+        unsteady = rng.normal(0, [self.shake, self.shake, self.shake / 2, self.shake / 2], size=(frames, 4))
+        return [_affine(*place, aspect=aspect) for place in times * steady + unsteady]
 
 
 @dataclass(frozen=True)
@@ -21,6 +47,11 @@ class Augmentation:
         rotation: Probability of turning by up to ``max_degrees`` either way.
         zoom: Smallest and largest magnification; a random part is shown, mirrored at the picture's edges.
         colour: Brightness, contrast and saturation change by up to this share.
+        grey: Probability of losing all colour.
+        blur: Probability of losing detail, as a smaller picture does that is magnified.
+        noise: Probability of sensor noise, different in every frame.
+        occlusion: Probability of a plain shape in front, in the same place in every frame. It hides at most
+            half of the foreground.
     """
 
     flip: float = 0.5
@@ -28,15 +59,41 @@ class Augmentation:
     max_degrees: float = 15
     zoom: tuple[float, float] = (0.75, 4 / 3)
     colour: float = 0.2
+    grey: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    occlusion: float = 0.0
 
-    def apply(self, pictures: list[Picture], rng: np.random.Generator, size: int) -> Sample:
-        """One sample of all pictures, varied all alike."""
+    def apply(
+        self,
+        pictures: Sequence[Picture],
+        rng: np.random.Generator,
+        size: int,
+        *,
+        camera: Camera | None = None,
+    ) -> Sample:
+        """One sample of all pictures, varied all alike.
+
+        Hard annotations stay hard: the warped mask is cut at one half. Soft ones stay soft.
+
+        Args:
+            camera: Moves the frames against each other on top of that; by default nothing does.
+        """
         stack = torch.stack([picture.pixels for picture in pictures]).float()
-        warped = _warp(stack, self._placement(pictures[0].aspect, rng), size)
-        return Sample(
-            frames=self._recolour(warped[:, :3], rng).add(0.5).clamp(0, 255).to(torch.uint8),
-            masks=warped[:, 3] >= 127.5,
-        )
+        placement = self._placement(pictures[0].aspect, rng)
+        if camera is None:
+            warped = _warp(stack, placement, size)
+        else:
+            places = [placement @ moved for moved in camera.path(len(pictures), pictures[0].aspect, rng)]
+            warped = torch.cat(
+                [_warp(one.unsqueeze(0), place, size) for one, place in zip(stack, places, strict=True)]
+            )
+        frames = self._recolour(warped[:, :3], rng)
+        soft = torch.tensor([picture.soft for picture in pictures]).view(-1, 1, 1)
+        masks = torch.where(soft, warped[:, 3], (warped[:, 3] >= 127.5) * 255.0)
+        frames, masks = self._degrade(frames, masks, rng)
+        masks = masks.add(0.5).clamp(0, 255).to(torch.uint8)
+        return Sample(frames.add(0.5).clamp(0, 255).to(torch.uint8), masks, side_masks=masks)
 
     def _placement(self, aspect: float, rng: np.random.Generator) -> Tensor:
         """Where a sample's pixels lie in the picture, both from -1 to 1: an affine map, ``(2, 3)``."""
@@ -58,6 +115,24 @@ class Augmentation:
         frames = torch.lerp(frames.mean(), frames, contrast)
         return torch.lerp(frames.mean(dim=1, keepdim=True), frames, saturation)
 
+    def _degrade(self, frames: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+        # What is off draws no random number: samples stay the same when an option is added.
+        if self.occlusion and rng.random() < self.occlusion:
+            frames, masks = _occlude(frames, masks, rng)
+        if self.grey and rng.random() < self.grey:
+            frames = frames.mean(dim=1, keepdim=True).expand_as(frames)
+        if self.blur and rng.random() < self.blur:
+            frames = _lose_detail(frames, rng.uniform(1.5, 3))
+        if self.noise and rng.random() < self.noise:
+            grain = rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(rng.uniform(2, 10))
+            frames = frames + torch.from_numpy(grain)
+        return frames, masks
+
+
+STRONG = Augmentation(zoom=(0.6, 1.4), colour=0.35, grey=0.1, blur=0.15, noise=0.2, occlusion=0.05)
+"""For long runs on few videos: variety comes before length."""
+UNVARIED = Augmentation(flip=0, rotation=0, zoom=(1, 1), colour=0)
+
 
 class Windows:
     """Windows around every annotated frame of every video; at its ends, frames repeat as in ``WindowLayout``.
@@ -72,7 +147,7 @@ class Windows:
 
     def __init__(
         self,
-        pictures: Pictures,
+        pictures: PictureSource,
         *,
         num_frames: int = 3,
         frame_stride: int = 4,
@@ -102,10 +177,84 @@ class Windows:
         return self._augmentation.apply(pictures, rng, size)
 
 
+class SequenceWindows:
+    """Windows of videos, of which each is equally likely, around any frame of it.
+
+    The index asked for is ignored: the generator alone decides.
+
+    Args:
+        strides: Distances between the frames of a window, in frames of the original video, equally likely.
+        frame_step: Frames of the original video from one picture to the next.
+        reversal: Probability of turning a window's time around.
+
+    Raises:
+        ValueError: There are no videos, no strides, or a stride is less than 1.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureSource,
+        *,
+        num_frames: int,
+        strides: Sequence[int],
+        frame_step: int = 1,
+        augmentation: Augmentation = STRONG,
+        reversal: float = 0.5,
+    ) -> None:
+        if not pictures.videos or not strides or min(strides) < 1:
+            raise ValueError(
+                f"windows need videos and strides of at least 1, "
+                f"got {len(pictures.videos)} videos and strides {list(strides)}"
+            )
+        self._pictures = pictures
+        self._layouts = [WindowLayout(num_frames, max(1, round(stride / frame_step))) for stride in strides]
+        self._augmentation = augmentation
+        self._reversal = reversal
+
+    def __len__(self) -> int:
+        return sum(len(video) for video in self._pictures.videos)
+
+    def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
+        video = self._pictures.videos[rng.integers(len(self._pictures.videos))]
+        layout = self._layouts[rng.integers(len(self._layouts))]
+        places = layout.indices(int(rng.integers(len(video))), last=len(video) - 1)
+        if rng.random() < self._reversal:
+            places = places[::-1]
+        pictures = [self._pictures.read(video[place], size) for place in places]
+        return self._augmentation.apply(pictures, rng, size)
+
+
+class StillWindows:
+    """Windows in which nothing moves but the camera: one picture, seen as often as a window has frames.
+
+    The mask is the salient object: without motion, that is what is foreground.
+    """
+
+    def __init__(
+        self,
+        pictures: PictureSource,
+        *,
+        num_frames: int,
+        augmentation: Augmentation = STRONG,
+        camera: Camera = Camera(),
+    ) -> None:
+        self._pictures = pictures
+        self._num_frames = num_frames
+        self._augmentation = augmentation
+        self._camera = camera
+
+    def __len__(self) -> int:
+        return len(self._pictures)
+
+    def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
+        picture = self._pictures.read(index, size)
+        return self._augmentation.apply([picture] * self._num_frames, rng, size, camera=self._camera)
+
+
 class Stills:
     """Single pictures as windows of one frame."""
 
-    def __init__(self, pictures: Pictures, *, augmentation: Augmentation = Augmentation()) -> None:
+    def __init__(self, pictures: PictureSource, *, augmentation: Augmentation = Augmentation()) -> None:
         self._pictures = pictures
         self._augmentation = augmentation
 
@@ -114,6 +263,35 @@ class Stills:
 
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
         return self._augmentation.apply([self._pictures.read(index, size)], rng, size)
+
+
+def _affine(x: float, y: float, angle: float, growth: float, *, aspect: float) -> Tensor:
+    """Shift, turn and zoom places by little, in a picture's own proportions; homogeneous, ``(3, 3)``."""
+    cosine, sine = np.exp(-growth) * np.cos(angle), np.exp(-growth) * np.sin(angle)
+    return torch.tensor(
+        [[cosine, -sine / aspect, x], [sine * aspect, cosine, y], [0, 0, 1]], dtype=torch.float32
+    )
+
+
+def _lose_detail(frames: Tensor, factor: float) -> Tensor:
+    size = frames.shape[-1]
+    smaller = functional.interpolate(frames, [round(size / factor)] * 2, mode="bilinear", antialias=True)
+    return functional.interpolate(smaller, [size] * 2, mode="bilinear")
+
+
+def _occlude(frames: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
+    """Put an ellipse or a bar in front, unless it hides more than half of what there is to see."""
+    axis = torch.linspace(-1, 1, frames.shape[-1])
+    (x, y), angle = rng.uniform(-0.8, 0.8, size=2), rng.uniform(0, np.pi)
+    short, long = rng.uniform(0.04, 0.25), rng.uniform(0.15, 2)
+    along = np.cos(angle) * (axis - x) + np.sin(angle) * (axis.unsqueeze(1) - y)
+    across = np.cos(angle) * (axis.unsqueeze(1) - y) - np.sin(angle) * (axis - x)
+    inside = (along / long) ** 2 + (across / short) ** 2 < 1
+    colour = torch.from_numpy(rng.uniform(0, 255, size=(3, 1, 1)).astype(np.float32))
+    seen = torch.where(inside, 0.0, masks)
+    if (2 * seen.sum(dim=(1, 2)) < masks.sum(dim=(1, 2))).any():
+        return frames, masks
+    return torch.where(inside, colour, frames), seen
 
 
 def _warp(stack: Tensor, placement: Tensor, size: int) -> Tensor:

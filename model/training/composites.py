@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from model.training.cutouts import cut_out, limit_side, paste
 from model.training.motion import Course, Floats, Ripple, View, random_velocity
-from model.training.pictures import Picture, Pictures
+from model.training.pictures import Picture, PictureSource
 from model.training.samples import Sample
 from model.windows import WindowLayout
 
@@ -64,7 +64,12 @@ class Composites:
     """
 
     def __init__(
-        self, stills: Pictures, *, videos: Pictures | None = None, num_frames: int = 3, mix: Mix = Mix()
+        self,
+        stills: PictureSource,
+        *,
+        videos: PictureSource | None = None,
+        num_frames: int = 3,
+        mix: Mix = Mix(),
     ) -> None:
         if len(stills) < 2:
             raise ValueError(f"composites need at least two stills, got {len(stills)}")
@@ -107,7 +112,8 @@ class Composites:
         if rng.random() < mix.noise:
             grain = rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(rng.uniform(1, 5))
             frames = frames + torch.from_numpy(grain)
-        return Sample(frames.add(0.5).clamp(0, 255).to(torch.uint8), coverage >= 0.5)
+        masks = (coverage >= 0.5).to(torch.uint8) * 255
+        return Sample(frames.add(0.5).clamp(0, 255).to(torch.uint8), masks, side_masks=masks)
 
     def _other_still(self, index: int, rng: np.random.Generator, size: int) -> Picture:
         other = int(rng.integers(len(self._stills) - 1))

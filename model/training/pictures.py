@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -22,6 +22,19 @@ class Picture:
 
     pixels: Tensor  # (4, side, side) uint8: RGB, and how much of the pixel is foreground
     aspect: float  # width by height, before it was squeezed
+    soft: bool = False  # whether the annotation itself has shares, as alpha and the masks of networks have
+
+
+class PictureSource(Protocol):
+    """Annotated pictures by index."""
+
+    videos: Sequence[range]  # which pictures are the frames of a video, in temporal order; one range a video
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int, size: int) -> Picture:
+        """A picture for a sample of ``size`` pixels a side."""
+        ...
 
 
 class Pictures:
@@ -36,7 +49,7 @@ class Pictures:
         self._entries = tuple(entries)
         self._kept: list[Picture] = []
         self._kept_size = 0
-        self.videos = tuple(videos)
+        self.videos: Sequence[range] = tuple(videos)
 
     @classmethod
     def of_stills(cls, stills: Sequence[Still]) -> Self:

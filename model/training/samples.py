@@ -1,5 +1,6 @@
 """What training is fed with: samples, sources of them, and batches."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -14,10 +15,14 @@ from model.training.sampling import Batch, JointSampler, Kind
 
 @dataclass(frozen=True)
 class Sample:
-    """A window of frames with their masks, or a still as a window of one."""
+    """A window of frames with their masks, or a still as a window of one.
+
+    Masks hold the share of foreground, 255 being all: 0 or 255 where the annotation is hard.
+    """
 
     frames: Tensor  # (T, 3, size, size) uint8, RGB
-    masks: Tensor  # (T, size, size) bool
+    masks: Tensor  # (T, size, size) uint8: what the final mask should show, which is what moves
+    side_masks: Tensor  # (T, size, size) uint8: everything salient, whether it moves or not
 
 
 class SampleSource(Protocol):
@@ -50,11 +55,49 @@ class Joined:
         return source.sample(index - int(self._ends[place]) + len(source), rng, size)
 
 
+class Mixture:
+    """Sources of which each sample is drawn: by weight, then any index of the source alike.
+
+    The index asked for is ignored: the generator alone decides.
+
+    Args:
+        sources: Source and its weight; weights need not sum to 1.
+
+    Raises:
+        ValueError: There are no sources, one is empty, or a weight is not positive.
+    """
+
+    def __init__(self, sources: Sequence[tuple[SampleSource, float]]) -> None:
+        if not sources:
+            raise ValueError("a mixture needs at least one source")
+        for source, weight in sources:
+            if not 0 < weight < math.inf or not len(source):
+                raise ValueError(
+                    f"a mixture needs positive weights and sources with samples, "
+                    f"got weight {weight} and {len(source)} samples"
+                )
+        self._sources = [source for source, _ in sources]
+        weights = np.array([weight for _, weight in sources], dtype=np.float64)
+        self._ends = np.cumsum(weights / weights.sum())
+
+    def __len__(self) -> int:
+        return sum(len(source) for source in self._sources)
+
+    def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
+        # The last end may be a rounding below 1.
+        place = min(int(np.searchsorted(self._ends, rng.random(), side="right")), len(self._sources) - 1)
+        source = self._sources[place]
+        return source.sample(int(rng.integers(len(source))), rng, size)
+
+
 @dataclass(frozen=True)
 class SampleBatch:
+    """Samples of one kind; masks as in ``Sample``."""
+
     kind: Kind
     frames: Tensor  # (B, T, 3, size, size) uint8, RGB
-    masks: Tensor  # (B, T, size, size) bool
+    masks: Tensor  # (B, T, size, size) uint8
+    side_masks: Tensor  # (B, T, size, size) uint8
 
 
 class TrainingSamples(Dataset[SampleBatch]):
@@ -77,6 +120,7 @@ class TrainingSamples(Dataset[SampleBatch]):
             batch.kind,
             frames=torch.stack([sample.frames for sample in samples]),
             masks=torch.stack([sample.masks for sample in samples]),
+            side_masks=torch.stack([sample.side_masks for sample in samples]),
         )
 
 

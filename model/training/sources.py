@@ -1,22 +1,35 @@
 """From the data sets that a stage names to what a run is fed with."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
+
 from model import datasets
 from model.errors import DatasetError
+from model.held_out import HELD_OUT_SEQUENCES
 from model.imcnet import IMCNetConfig
-from model.training.augmentation import Augmentation, Stills, Windows
+from model.training.augmentation import (
+    STRONG,
+    UNVARIED,
+    Augmentation,
+    SequenceWindows,
+    Stills,
+    StillWindows,
+    Windows,
+)
 from model.training.composites import Composites
-from model.training.pictures import Pictures
+from model.training.pictures import Pictures, PictureSource
 from model.training.presets import Source, TrainConfig
-from model.training.samples import Joined, SampleSource
+from model.training.samples import Joined, Mixture, Sample, SampleSource
+from model.training.stored_pictures import TrainingPictures
 from model.training.trainer import TrainingData
+from model.windows import WindowLayout
 
 Dataset = Literal["davis16", "youtube_vos", "youtube_objects", "duts"]
-_UNVARIED = Augmentation(flip=0, rotation=0, zoom=(1, 1), colour=0)
+_HAND = ("duts", "ecssd", "pascals", "sod", "iseg", "people", "cats", "cow", "alpha", "matte")
 
 
 @dataclass
@@ -49,7 +62,7 @@ class Sources:
                 Pictures.of_videos(datasets.davis16(self._root("davis16"), "val")),
                 num_frames=self.network.num_frames,
                 frame_stride=self.network.frame_stride,
-                augmentation=_UNVARIED,
+                augmentation=UNVARIED,
             ),
         )
 
@@ -94,3 +107,98 @@ class Sources:
         if name not in self.roots:
             raise DatasetError(f"this training needs the data set {name}: say where it lies")
         return self.roots[name]
+
+
+def packed_sources(
+    data: TrainingPictures,
+    *,
+    num_frames: int,
+    strides: Sequence[int],
+    augmentation: Augmentation = STRONG,
+) -> dict[str, SampleSource]:
+    """Everything that the development data can teach, by name, without what is held out.
+
+    Windows of ``num_frames``: ``davis16``, ``further`` (each sequence equally likely), ``still_windows``
+    (nothing moves but the camera) and ``composites``. Images: ``hand_stills``, ``teacher_stills`` (soft
+    masks), ``clothing_stills``, ``other_stills`` (pets and people), ``davis16_frames`` and ``further_frames``.
+
+    Args:
+        strides: Distances between the frames of a window, in frames of the original video, equally likely.
+
+    Raises:
+        DatasetError: A part of the data is missing or cannot be read.
+    """
+    davis16, further = data.sequences("davis16"), data.sequences("further")
+    stills = data.stills()
+    windows: dict[str, SampleSource] = {
+        name: SequenceWindows(
+            pictures,
+            num_frames=num_frames,
+            strides=strides,
+            frame_step=pictures.frame_step,
+            augmentation=augmentation,
+        )
+        for name, pictures in (("davis16", davis16), ("further", further))
+    }
+    return {
+        **windows,
+        "still_windows": Mixture(
+            [
+                (StillWindows(pictures, num_frames=num_frames, augmentation=augmentation), share)
+                for pictures, share in ((stills, 0.7), (davis16, 0.15), (further, 0.15))
+            ]
+        ),
+        "composites": Composites(stills, videos=davis16, num_frames=num_frames),
+        "hand_stills": Stills(data.stills(_HAND), augmentation=augmentation),
+        "teacher_stills": Stills(data.stills(["teacher"]), augmentation=augmentation),
+        "clothing_stills": Stills(data.stills(["ccp"]), augmentation=augmentation),
+        "other_stills": Stills(data.stills(["pets", "human"]), augmentation=augmentation),
+        "davis16_frames": Stills(davis16, augmentation=augmentation),
+        "further_frames": Stills(further, augmentation=augmentation),
+    }
+
+
+class HeldOutWindows:
+    """Unvaried windows of the held-out sequences, always the same.
+
+    Args:
+        frame_stride: In frames of the original video.
+        every: Frames of the original video from one window's centre to the next. The first and the last frame
+            of a sequence are no centres, as in the evaluation of DAVIS.
+    """
+
+    def __init__(self, data: TrainingPictures, *, num_frames: int, frame_stride: int, every: int = 8) -> None:
+        self._windows: list[tuple[PictureSource, range, tuple[int, ...]]] = []
+        names = []
+        for kind in ("davis16", "further"):
+            known = data.part(kind).video_names
+            held_out = [name for name in HELD_OUT_SEQUENCES if name in known]
+            pictures = data.sequences(kind, names=held_out, exclude=())
+            layout = WindowLayout(num_frames, max(1, round(frame_stride / pictures.frame_step)))
+            step = max(1, round(every / pictures.frame_step))
+            for name, video in zip(pictures.video_names, pictures.videos, strict=True):
+                for centre in range(1 + (len(video) - 3) % step // 2, len(video) - 1, step):
+                    self._windows.append((pictures, video, layout.indices(centre, last=len(video) - 1)))
+                    names.append(name)
+        if missing := set(HELD_OUT_SEQUENCES) - set(names):
+            raise DatasetError(f"the data have no sequence {', '.join(sorted(missing))}")
+        self.names = tuple(names)
+        """The sequence of each window."""
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
+        pictures, video, places = self._windows[index]
+        return UNVARIED.apply([pictures.read(video[place], size) for place in places], rng, size)
+
+
+def held_out_windows(
+    data: TrainingPictures, num_frames: int, stride: int, *, every: int = 8
+) -> HeldOutWindows:
+    """Windows to judge a run by, with the sequence of each in ``names``.
+
+    Raises:
+        DatasetError: A held-out sequence is missing.
+    """
+    return HeldOutWindows(data, num_frames=num_frames, frame_stride=stride, every=every)

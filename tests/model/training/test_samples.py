@@ -22,7 +22,7 @@ class NumberedSource:
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
         frames = torch.from_numpy(rng.integers(256, size=(self.num_frames, 3, size, size), dtype=np.uint8))
         frames[:, 0, 0, 0], frames[:, 0, 0, 1] = ord(self.letter), index
-        return Sample(frames, frames[:, 0] > 127)
+        return Sample(frames, frames[:, 0], frames[:, 1])
 
 
 def test_joined_sources_follow_each_other_as_often_as_said() -> None:
@@ -48,7 +48,7 @@ def test_batches_hold_samples_of_one_kind() -> None:
     video, image, *_ = batches(range(3))
     assert (video.kind, video.frames.shape, video.masks.shape) == ("video", (4, 3, 3, 4, 4), (4, 3, 4, 4))
     assert (image.kind, image.frames.shape, image.masks.shape) == ("image", (4, 1, 3, 4, 4), (4, 1, 4, 4))
-    assert (video.frames.dtype, video.masks.dtype) == (torch.uint8, torch.bool)
+    assert (video.frames.dtype, video.masks.dtype) == (torch.uint8, torch.uint8)
     for batch in (video, image):
         assert set(batch.frames[:, 0, 0, 0, 0].tolist()) == {ord(batch.kind[0])}
         assert len(set(batch.frames[:, 0, 0, 0, 1].tolist())) == 4

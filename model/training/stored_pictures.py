@@ -1,0 +1,203 @@
+"""Pictures in one block, squeezed to squares of one side, with what is known of them."""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from model.errors import DatasetError
+from model.held_out import HELD_OUT_SEQUENCES, held_out_stills
+from model.training.pictures import Picture
+
+Part = Literal["davis16", "further", "stills", "cutouts", "scenes"]
+PARTS: tuple[Part, ...] = ("davis16", "further", "stills", "cutouts", "scenes")
+
+
+@dataclass(frozen=True)
+class Video:
+    """Pictures that are the frames of a video: from ``first`` up to, not including, ``end``."""
+
+    name: str
+    first: int
+    end: int
+
+
+@dataclass(frozen=True)
+class PictureIndex:
+    """What is known of stored pictures besides their pixels.
+
+    Args:
+        names: Of the pictures: the file's without suffix, or the video's and the frame's number.
+        aspects: Width by height before the pictures were squeezed.
+        soft: Whether the annotation has shares between 0 and 255.
+        videos: In the order of their frames.
+        frame_step: Frames of the original video from one picture to the next.
+    """
+
+    names: tuple[str, ...]
+    aspects: tuple[float, ...]
+    soft: tuple[bool, ...]
+    videos: tuple[Video, ...] = ()
+    frame_step: int = 1
+
+    def __post_init__(self) -> None:
+        if not len(self.names) == len(self.aspects) == len(self.soft):
+            raise ValueError("names, aspects and softness must be of equally many pictures")
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def of_json(cls, stored: dict[str, Any]) -> Self:
+        """What ``as_json`` gave.
+
+        Raises:
+            ValueError, TypeError or KeyError: It is something else.
+        """
+        videos = tuple(Video(**video) for video in stored["videos"])
+        lists = {name: tuple(stored[name]) for name in ("names", "aspects", "soft")}
+        return cls(**lists, videos=videos, frame_step=int(stored["frame_step"]))
+
+
+class StoredPictures:
+    """A picture source on a block of pixels, of which it may show a part.
+
+    Args:
+        pixels: ``(N, 4, side, side)`` uint8, one a picture of the index; may be a memory map.
+        places: Which of them this source shows, in this order; by default all.
+        videos: Which of the shown pictures are videos; by default those of the index.
+    """
+
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        index: PictureIndex,
+        places: Sequence[int] | None = None,
+        videos: Sequence[Video] | None = None,
+    ) -> None:
+        self._pixels, self._index = pixels, index
+        self._places = range(len(index.names)) if places is None else places
+        shown = index.videos if videos is None else videos
+        self.videos: Sequence[range] = tuple(range(video.first, video.end) for video in shown)
+        self.video_names = tuple(video.name for video in shown)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._index.names[place] for place in self._places)
+
+    @property
+    def frame_step(self) -> int:
+        """Frames of the original video from one picture to the next."""
+        return self._index.frame_step
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def read(self, index: int, size: int) -> Picture:
+        """A picture, of the stored side whatever the size of the sample.
+
+        Raises:
+            ValueError: Samples of this size would need larger pictures.
+        """
+        if size > self._pixels.shape[-1]:
+            raise ValueError(
+                f"the pictures are stored with {self._pixels.shape[-1]} pixels a side, "
+                f"too few for samples of {size}"
+            )
+        place = self._places[index]
+        pixels = torch.from_numpy(np.array(self._pixels[place]))
+        return Picture(pixels, self._index.aspects[place], self._index.soft[place])
+
+    def select(self, keep: Callable[[str], bool]) -> "StoredPictures":
+        """The pictures whose name is to be kept, as single pictures."""
+        places = [place for place in self._places if keep(self._index.names[place])]
+        return StoredPictures(self._pixels, self._index, places, videos=())
+
+    def select_videos(self, keep: Callable[[str], bool]) -> "StoredPictures":
+        """The videos whose name is to be kept."""
+        places: list[int] = []
+        videos = []
+        for name, frames in zip(self.video_names, self.videos, strict=True):
+            if keep(name):
+                videos.append(Video(name, len(places), len(places) + len(frames)))
+                places += [self._places[frame] for frame in frames]
+        return StoredPictures(self._pixels, self._index, places, videos)
+
+
+class TrainingPictures:
+    """The development data by part, without what is held out, unless asked otherwise.
+
+    Args:
+        open_part: Gives all pictures of a part; called once for each part that is used.
+    """
+
+    def __init__(self, open_part: Callable[[Part], StoredPictures]) -> None:
+        self._open_part = open_part
+        self._opened: dict[Part, StoredPictures] = {}
+
+    def part(self, name: Part) -> StoredPictures:
+        """All of it, with what is held out.
+
+        Raises:
+            DatasetError: The part is missing or cannot be read.
+        """
+        if name not in self._opened:
+            self._opened[name] = self._open_part(name)
+        return self._opened[name]
+
+    def stills(
+        self, prefixes: Collection[str] | None = None, *, exclude: Collection[str] | None = None
+    ) -> StoredPictures:
+        """Photos with the mask of a salient object.
+
+        Args:
+            prefixes: What the names begin with, up to the underscore; by default any.
+            exclude: Names to leave out; by default the held-out stills.
+
+        Raises:
+            DatasetError: There are no stills of a prefix.
+        """
+        stills = self.part("stills")
+        wanted = None if prefixes is None else set(prefixes)
+        if wanted is not None and (missing := wanted - {prefix(name) for name in stills.names}):
+            raise DatasetError(f"there are no stills with the prefix {', '.join(sorted(missing))}")
+        left_out = held_out_stills() if exclude is None else frozenset(exclude)
+        return stills.select(lambda name: name not in left_out and (wanted is None or prefix(name) in wanted))
+
+    def sequences(
+        self,
+        kind: Literal["davis16", "further"],
+        *,
+        names: Collection[str] | None = None,
+        exclude: Collection[str] = HELD_OUT_SEQUENCES,
+    ) -> StoredPictures:
+        """Videos with a mask for every frame.
+
+        Args:
+            names: Of the sequences to take; by default all.
+            exclude: Names to leave out; by default the held-out sequences.
+
+        Raises:
+            DatasetError: There is no sequence of a name.
+        """
+        part = self.part(kind)
+        if names is not None and (missing := set(names) - set(part.video_names)):
+            raise DatasetError(f"{kind} has no sequence {', '.join(sorted(missing))}")
+        return part.select_videos(lambda name: name not in exclude and (names is None or name in names))
+
+    def cutouts(self) -> StoredPictures:
+        """Objects with true alpha, cropped to the object; none of a held-out still."""
+        held_out = held_out_stills()
+        return self.part("cutouts").select(lambda name: name not in held_out)
+
+    def scenes(self) -> StoredPictures:
+        """Backgrounds without a salient object: their masks are 0."""
+        return self.part("scenes")
+
+
+def prefix(name: str) -> str:
+    """What the name of a still or of a cut-out begins with: the set that it comes from."""
+    return name.partition("_")[0]
