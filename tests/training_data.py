@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
+from model.held_out import HELD_OUT_SEQUENCES
 from model.scenes import render_scene
 from model.training.samples import Sample
 
@@ -47,10 +48,12 @@ class RenderedWindows:
 
 
 def write_davis16(root: Path, *, train: int = 1, val: int = 1, frames: int = 5, side: int = 64) -> None:
-    """DAVIS-2016: sequences train0, train1, … and val0, val1, …"""
+    """DAVIS-2016: sequences train0, train1, … and a held-out one; val0, val1, …"""
     (root / "ImageSets" / "2016").mkdir(parents=True)
     for split, count in (("train", train), ("val", val)):
         names = [f"{split}{number}" for number in range(count)]
+        if split == "train":
+            names.append(HELD_OUT_SEQUENCES[0])
         (root / "ImageSets" / "2016" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         for number, name in enumerate(names):
             images, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
