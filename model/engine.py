@@ -12,7 +12,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
-from model.pyramid import Pyramid
+from model.pyramid import FoldedWhitening, Pyramid, Whitening
 
 
 class Engine(Protocol):
@@ -129,11 +129,15 @@ def frame_of(maps: Sequence[Tensor]) -> FrameFeatures:
 def fold_batch_norms(network: IMCNet) -> IMCNet:
     """Copy a network in evaluation mode, each batch norm made part of the convolution before it.
 
-    Exact but for rounding: at inference, a batch norm scales and shifts by constants.
+    Exact but for rounding: at inference, a batch norm scales and shifts by constants. So does whitening,
+    whose constants are computed once.
     """
     folded = deepcopy(network).eval()
     for parent in list(folded.modules()):
-        # A ResNet lists every norm right behind its convolution.
+        for name, child in list(parent.named_children()):
+            if isinstance(child, Whitening):
+                setattr(parent, name, FoldedWhitening(child))
+        # Every backbone lists its norms right behind their convolutions.
         for (name, child), (norm_name, norm) in pairwise(list(parent.named_children())):
             if isinstance(child, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
                 setattr(parent, name, fuse_conv_bn_eval(child, norm))

@@ -117,8 +117,7 @@ def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
 def correlate(reference: Tensor, others: Tensor) -> Tensor:
     """Multiply every pixel with those up to R pixels away, zero outside of the map.
 
-    One product of matrices for each row and vertical displacement gives all horizontal distances at once;
-    the band of those up to R is cut out.
+    One product of matrices a row gives its products with whole rows; the band up to R is cut out.
 
     Args:
         reference, others: ``(N, C, h, w)``.
@@ -127,14 +126,15 @@ def correlate(reference: Tensor, others: Tensor) -> Tensor:
         Sums over channels, ``(N, (2R + 1)^2, h, w)``: displacements from ``reference`` to ``others`` in y,
         then x, from -R to R.
     """
-    count, _, height, width = reference.shape
+    _, _, height, width = reference.shape
+    reach = width + 2 * RADIUS
     padded = functional.pad(others, (RADIUS,) * 4).permute(0, 2, 1, 3)
-    rows = torch.stack([padded[:, shift : shift + height] for shift in range(_DIAMETER)], dim=1)
-    products = reference.permute(0, 2, 3, 1).unsqueeze(1) @ rows  # (N, 2R + 1, h, w, w + 2R)
-    # In rows that are one longer, the band x' - x = 0 ... 2R of a matrix stands upright.
-    upright = functional.pad(products.flatten(-2), (0, width)).unflatten(-1, (width, width + _DIAMETER))
-    band = upright[..., :_DIAMETER]  # (N, 2R + 1, h, w, 2R + 1)
-    return band.permute(0, 1, 4, 2, 3).reshape(count, _DIAMETER**2, height, width)
+    rows = torch.stack([padded[:, shift : shift + height] for shift in range(_DIAMETER)], dim=3)
+    products = reference.permute(0, 2, 3, 1) @ rows.flatten(3)  # (N, h, w, (2R + 1) (w + 2R))
+    # Pixel x needs columns x to x + 2R: in lines that are one longer, they stand below each other.
+    upright = functional.pad(products.flatten(2), (0, width)).unflatten(2, (width, _DIAMETER * reach + 1))
+    band = upright[..., :-1].unflatten(3, (_DIAMETER, reach))[..., :_DIAMETER]
+    return band.permute(0, 3, 4, 1, 2).flatten(1, 2)
 
 
 def expected_flow(correlation: Tensor) -> tuple[Tensor, Tensor]:

@@ -35,8 +35,27 @@ class Whitening(nn.Module):
 
     def forward(self, maps: Tensor) -> Tensor:
         """Args: ``(B, C, h, w)``. Returns the same shape."""
+        scale, shift = self.constants()
+        return maps * scale + shift
+
+    def constants(self) -> tuple[Tensor, Tensor]:
+        """Scale and shift of the map, ``(C, 1, 1)`` each."""
         scale = torch.rsqrt(self.variance + WHITENING_EPS)
-        return maps * scale.view(-1, 1, 1) - (self.mean * scale).view(-1, 1, 1)
+        return scale.view(-1, 1, 1), (-self.mean * scale).view(-1, 1, 1)
+
+
+class FoldedWhitening(nn.Module):
+    """Stands in for a ``Whitening`` at inference: no variances, of which 16 bit would lose the small ones."""
+
+    def __init__(self, whitening: Whitening) -> None:
+        super().__init__()
+        self.scale: Tensor
+        self.shift: Tensor
+        for name, constant in zip(("scale", "shift"), whitening.constants(), strict=True):
+            self.register_buffer(name, constant)
+
+    def forward(self, maps: Tensor) -> Tensor:
+        return torch.addcmul(self.shift, maps, self.scale)
 
 
 class PyramidWhitening(nn.Module):

@@ -59,10 +59,13 @@ ROWS: dict[str, Row] = {
 def row_of(config: IMCNetConfig, quality: Quality) -> str:
     """Name the row of a network that went through the whole training, whatever its backbone.
 
+    Normalisation is that of the backbone's weights, and does not count either.
+
     Raises:
         ValueError: The tables have no such row; they change one thing at a time.
     """
-    config = replace(config, backbone=IMCNetConfig().backbone)
+    paper = IMCNetConfig()
+    config = replace(config, backbone=paper.backbone, normalisation=paper.normalisation)
     for name, row in ROWS.items():
         if row == Row(config, quality):
             return name

@@ -112,7 +112,8 @@ def save_weights(
     The same weights and information make the same bytes.
 
     Args:
-        dtype: Type that floating tensors are rounded to; by default each keeps its own. Integers always do.
+        dtype: Type that parameters are rounded to; by default each keeps its own. Buffers always do: some
+            variances are below the normal range of float16.
 
     Raises:
         ValueError: ``info`` describes another network, or ``dtype`` is not a floating type.
@@ -124,7 +125,8 @@ def save_weights(
         raise ValueError(f"dtype must be a floating type, got {dtype}")
     tensors = {name: tensor.cpu().contiguous() for name, tensor in network.state_dict().items()}
     if dtype is not None:
-        tensors = {name: _rounded(path, name, tensor, dtype) for name, tensor in tensors.items()}
+        for name, _ in network.named_parameters():
+            tensors[name] = _rounded(path, name, tensors[name], dtype)
     metadata = {_METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
     try:
         # Not safetensors' own writer: its files can be read by their owner only, whatever the umask.
@@ -134,8 +136,6 @@ def save_weights(
 
 
 def _rounded(path: Path | str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    if not tensor.is_floating_point():
-        return tensor
     rounded = tensor.to(dtype)
     if (lost := tensor.isfinite() & ~rounded.isfinite()).any():
         raise WeightsError(f"{path}: {name} holds {tensor[lost][0]:g}, too large for {dtype}")
@@ -223,8 +223,8 @@ def _assemble(
     if problems := _differences(expected, stored):
         raise WeightsError(
             f"{path}: not the weights of {config.backbone}, variant {config.variant}, with "
-            f"{config.num_frames} frames a window and {config.alignment_stages} alignment stages: "
-            + "; ".join(problems)
+            f"{config.num_frames} frames a window and {config.alignment_stages} alignment stages"
+            f"{_options(config)}: " + "; ".join(problems)
         )
     state = {
         name: stored[stored_name(name)].to(tensor.dtype, copy=True)
@@ -232,6 +232,11 @@ def _assemble(
     }
     network.load_state_dict(state, strict=True, assign=True)
     return network.eval()
+
+
+def _options(config: IMCNetConfig) -> str:
+    names = ("whitening", "affinity_blend", "motion_cue")
+    return "".join(f", {name}" for name in names if getattr(config, name))
 
 
 def _differences(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:

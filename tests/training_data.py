@@ -19,6 +19,7 @@ class RenderedWindows:
     """A sample source: one window for each seed, always the same, whatever the generator."""
 
     def __init__(self, seeds: Sequence[int], *, size: int = 64, num_frames: int = 3) -> None:
+        self.names = [f"scene {seed}" for seed in seeds]  # as held-out windows have them
         self._samples = []
         for seed in seeds:
             scene = list(render_scene(frames=2 * num_frames - 1, height=size, width=size, seed=seed))[::2]

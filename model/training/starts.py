@@ -7,7 +7,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-from model.backbone import load_backbone
+from model.backbone import imagenet_normalisation, load_backbone
+from model.errors import WeightsError
 from model.imcnet import AlignmentStage, IMCNet, IMCNetConfig
 from model.preprocess import normalise
 from model.pyramid import Pyramid
@@ -28,8 +29,15 @@ def new_network(config: IMCNetConfig, backbone_weights: BackboneWeights, *, seed
         backbone_weights: As ``load_backbone`` takes them, or ``random``.
 
     Raises:
-        WeightsError: The backbone's weights cannot be had, or are not this backbone's.
+        WeightsError: The backbone's weights cannot be had, are not this backbone's, or take images that are
+            normalised otherwise.
     """
+    needed = imagenet_normalisation(config.backbone)
+    if backbone_weights == "imagenet" and config.normalisation != needed:
+        raise WeightsError(
+            f"ImageNet's weights of {config.backbone} take images normalised as {needed!r}, the "
+            f"configuration says {config.normalisation!r}"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         network = build_network(config)

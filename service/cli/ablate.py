@@ -26,7 +26,7 @@ def ablate(
     rows: Annotated[str | None, typer.Option(help="Names with commas between them; default: all.")] = None,
     first: Annotated[str, typer.Option(help="Preset of the first stage.")] = "stage1",
     second: Annotated[str, typer.Option(help="Preset of the second stage.")] = "stage2",
-    backbone: Annotated[options.Backbone, typer.Option(help="The same for all rows.")] = "resnet101",
+    backbone: Annotated[options.ResNet, typer.Option(help="The same for all rows.")] = "resnet101",
     backbone_weights: options.BackboneWeightsOption = "imagenet",
     youtube_vos: options.YoutubeVosOption = None,
     single_object_list: options.SingleObjectListOption = None,

@@ -153,12 +153,12 @@ def _network(
     settings: WorkerSettings, backbone: options.Backbone | None, images: "list[Frame]"
 ) -> "tuple[IMCNet, str, int]":
     from model.benchmark import untrained_network
-    from model.imcnet import IMCNetConfig
+    from model.config import usual_config
     from model.weights import load_weights
 
     if backbone is not None:
         size = settings.input_size or 480
-        return untrained_network(IMCNetConfig(backbone), images, size), "random", size
+        return untrained_network(usual_config(backbone), images, size), "random", size
     network, info = load_weights(require_weights(settings), sha256=settings.weights_sha256)
     return network, info.name, settings.input_size or info.input_size
 

@@ -27,7 +27,7 @@ def pretrain(
         list[Path] | None,
         typer.Option(help="npz file of encoded images of one size; give it again for more files."),
     ] = None,
-    backbone: Annotated[options.Backbone, typer.Option(help="What is trained.")] = "resnet18",
+    backbone: Annotated[options.ResNet, typer.Option(help="What is trained.")] = "resnet18",
     size: Annotated[
         int | None, typer.Option(min=32, help="Side that the images of a folder are brought to; default: 64.")
     ] = None,

@@ -217,11 +217,16 @@ def _start(init: Path | None, backbone_weights: str | None) -> "BackboneWeights"
 
 def _network_config(row: str | None, backbone: options.Backbone | None, init: Path | None) -> "IMCNetConfig":
     """Raises: Misconfigured: ``init`` is the weights of another network than is asked for."""
+    from model.backbone import imagenet_normalisation
+    from model.config import usual_config
     from model.variants import ROWS
     from model.weights import read_info
 
     if init is None:
-        return replace(ROWS[row or "full"].config, backbone=backbone or "resnet101")
+        backbone = backbone or "resnet101"
+        if row is None:
+            return usual_config(backbone)
+        return replace(ROWS[row].config, backbone=backbone, normalisation=imagenet_normalisation(backbone))
     config = read_info(init).config
     wanted = replace(config if row is None else ROWS[row].config, backbone=backbone or config.backbone)
     if wanted != config:

