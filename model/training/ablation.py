@@ -19,7 +19,7 @@ from model.training.checkpoint import claim_folder, replacing
 from model.training.presets import PRESETS, TrainConfig
 from model.training.sources import Sources
 from model.training.starts import BackboneWeights, describe_start, new_network
-from model.training.trainer import HISTORY_NAME, WEIGHTS_NAME, Training
+from model.training.trainer import WEIGHTS_NAME, Training, is_finished
 from model.variants import ROWS, Row
 from model.views import Quality
 from model.weights import WeightsInfo, load_weights
@@ -120,7 +120,7 @@ class Ablation:
         """The weights that a row has after these stages; what is missing of them is trained."""
         owner = self._first_row(row.config, stages)
         folder = self.folder / owner / f"stage{len(stages)}"
-        if not _is_finished(folder, stages[-1]):
+        if not is_finished(folder, stages[-1].steps):
             config = replace(row.config, backbone=self.backbone)
             if len(stages) == 1:
                 network = new_network(config, self.backbone_weights, seed=stages[0].seed)
@@ -159,10 +159,3 @@ class Ablation:
         progress = tqdm(self.sequences, desc="Measuring", unit="video", disable=None)
         figures = Figures.of([davis.score_sequence(masks, sequence) for sequence in progress])
         return {"j_mean": figures.j.mean, "f_mean": figures.f.mean}
-
-
-def _is_finished(folder: Path, stage: TrainConfig) -> bool:
-    """Whether a stage was trained to its end there; its weights are written before its history."""
-    path = folder / HISTORY_NAME
-    history = json.loads(path.read_text()) if path.exists() else []
-    return bool(history) and history[-1]["step"] == stage.steps

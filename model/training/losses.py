@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.imcnet import Prediction, foreground_probability
+from model.imcnet import foreground_probability
 
 _SSIM_WINDOW = 11
 _SSIM_SIGMA = 1.5
@@ -12,27 +12,40 @@ _SSIM_C1 = 0.01**2
 _SSIM_C2 = 0.03**2
 
 
-def total_loss(prediction: Prediction, truth: Tensor) -> Tensor:
-    """Sum the loss of the final mask and the mean loss of all side masks (Eq. 16).
+def final_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Loss of the final masks.
+
+    Args:
+        logits: ``(B, 1, H/4, W/4)``.
+        target: Share of foreground, ``(B, H, W)`` in [0, 1].
+
+    Returns:
+        A scalar.
+    """
+    # Resizing can leave 1 by a rounding, in bfloat16 on a CPU to 1.008, and cross-entropy refuses that.
+    probability = foreground_probability(logits.float()).clamp(max=1)
+    return map_loss(probability, target.unsqueeze(1)).squeeze()
+
+
+def side_loss(side_masks: Tensor, target: Tensor, *, stride: int = 1) -> Tensor:
+    """Mean loss of all side masks (Eq. 16).
 
     The paper adds the side losses up; the released code, which this follows, divides their sum by their
     number, 12 with 3 frames and 4 levels.
 
     Args:
-        prediction: Of B windows of T frames; T is 1 for still images.
-        truth: ``(B, T, H, W)``, shares within [0, 1]; the final mask belongs to the frame in the middle.
+        side_masks: Of B windows of T frames, ``(B, T, levels, H, W)``; T is 1 for still images.
+        target: Share of foreground, ``(B, T, H, W)`` in [0, 1].
+        stride: Side of the squares over which masks and targets are averaged first: at 2, the loss costs a
+            quarter.
 
     Returns:
         A scalar.
     """
-    target = truth.float()
-    center = target[:, target.shape[1] // 2].unsqueeze(1)
-    # Resizing can leave 1 by a rounding, in bfloat16 on a CPU to 1.008, and cross-entropy refuses that.
-    final = map_loss(foreground_probability(prediction.logits.float()).clamp(max=1), center).squeeze()
-    levels = prediction.side_masks.shape[2]
-    side_masks = prediction.side_masks.float().clamp(max=1).flatten(1, 2)
-    side = map_loss(side_masks, target.repeat_interleave(levels, dim=1)).mean()
-    return final + side
+    levels = side_masks.shape[2]
+    masks = functional.avg_pool2d(side_masks.float().flatten(1, 2), stride).clamp(max=1)
+    targets = functional.avg_pool2d(target, stride).repeat_interleave(levels, dim=1)
+    return map_loss(masks, targets).mean()
 
 
 def map_loss(probability: Tensor, truth: Tensor) -> Tensor:
@@ -40,7 +53,7 @@ def map_loss(probability: Tensor, truth: Tensor) -> Tensor:
 
     Args:
         probability: ``(B, M, H, W)`` in [0, 1].
-        truth: ``(B, M, H, W)``, 0 or 1.
+        truth: Share of foreground, ``(B, M, H, W)`` in [0, 1].
 
     Returns:
         ``(M,)``.

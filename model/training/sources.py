@@ -8,6 +8,7 @@ from typing import Literal
 import numpy as np
 
 from model import datasets
+from model.datasets import VideoSequence
 from model.errors import DatasetError
 from model.held_out import HELD_OUT_SEQUENCES
 from model.imcnet import IMCNetConfig
@@ -52,7 +53,7 @@ class Sources:
     _pictures: dict[Dataset, Pictures] = field(default_factory=dict)
 
     def data(self) -> TrainingData:
-        """Everything that the stage names.
+        """Everything that the stage names; held-out sequences of DAVIS's training split validate.
 
         Raises:
             DatasetError: The stage names a data set that has no root, or one that cannot be read.
@@ -60,13 +61,19 @@ class Sources:
         return TrainingData(
             videos=Joined([(self._videos(name), repeats) for name, repeats in self.config.videos]),
             images=Joined([(self._images(name), repeats) for name, repeats in self.config.images]),
-            validation=Windows(
-                Pictures.of_videos(datasets.davis16(self._root("davis16"), "val")),
-                num_frames=self.network.num_frames,
-                frame_stride=self.network.frame_stride,
-                augmentation=UNVARIED,
-            ),
+            validation=self._held_out(),
         )
+
+    def _held_out(self) -> "HeldOutVideos":
+        root = self._root("davis16")
+        sequences = [one for one in datasets.davis16(root, "train") if one.name in HELD_OUT_SEQUENCES]
+        if not sequences:
+            raise DatasetError(
+                f"the training split of {root} has none of the sequences held out for validation: "
+                f"{', '.join(HELD_OUT_SEQUENCES)}"
+            )
+        layout = WindowLayout(self.network.num_frames, self.network.frame_stride)
+        return HeldOutVideos(sequences, layout)
 
     def _videos(self, name: Source) -> SampleSource:
         if name == "composites":
@@ -97,7 +104,8 @@ class Sources:
         root = self._root(name)
         match name:
             case "davis16":
-                return Pictures.of_videos(datasets.davis16(root, "train"))
+                sequences = datasets.davis16(root, "train")
+                return Pictures.of_videos([one for one in sequences if one.name not in HELD_OUT_SEQUENCES])
             case "youtube_vos":
                 return Pictures.of_videos(datasets.youtube_vos(root, self.single_object_list))
             case "youtube_objects":
@@ -209,6 +217,32 @@ class HeldOutWindows:
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
         pictures, video, places = self._windows[index]
         return UNVARIED.apply([pictures.read(video[place], size) for place in places], rng, size)
+
+
+class HeldOutVideos:
+    """Unvaried windows of videos, always the same, as ``HeldOutWindows`` takes them of packed data.
+
+    Args:
+        every: Frames from one window's centre to the next.
+    """
+
+    def __init__(self, sequences: Sequence[VideoSequence], layout: WindowLayout, *, every: int = 8) -> None:
+        self._pictures = Pictures.of_videos(sequences)
+        self._windows: list[tuple[int, ...]] = []
+        names = []
+        for sequence, video in zip(sequences, self._pictures.videos, strict=True):
+            for centre in range(1 + (len(video) - 3) % every // 2, len(video) - 1, every):
+                places = layout.indices(centre, last=len(video) - 1)
+                self._windows.append(tuple(video[place] for place in places))
+                names.append(sequence.name)
+        self.names = tuple(names)
+        """The sequence of each window."""
+
+    def __len__(self) -> int:
+        return len(self._windows)
+
+    def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
+        return UNVARIED.apply([self._pictures.read(place, size) for place in self._windows[index]], rng, size)
 
 
 def held_out_windows(

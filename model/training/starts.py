@@ -1,17 +1,25 @@
 """What training starts from: random weights, those of a backbone, or those of a whole network."""
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 import torch
 
 from model.backbone import imagenet_normalisation, load_backbone
 from model.errors import WeightsError
-from model.imcnet import IMCNet, IMCNetConfig
+from model.imcnet import AlignmentStage, IMCNet, IMCNetConfig
+from model.preprocess import normalise
+from model.pyramid import Pyramid
+from model.training.samples import SampleSource
 from model.variants import build_network
 from model.weights import file_sha256
 
 BackboneWeights = Path | Literal["imagenet", "random"]
+_WHITENING_STILLS = 320
+_WHITENING_SIZE = 256  # pixels
+_WHITENING_BATCH = 8
 
 
 def new_network(config: IMCNetConfig, backbone_weights: BackboneWeights, *, seed: int) -> IMCNet:
@@ -38,6 +46,39 @@ def new_network(config: IMCNetConfig, backbone_weights: BackboneWeights, *, seed
     return network
 
 
+@torch.no_grad()
+def centre_alignment(network: IMCNet) -> None:
+    """Let every alignment stage start as the identity: offsets of zero, and kernels that copy their centre.
+
+    From random kernels, the fusion first sees four random convolutions of the neighbours.
+    """
+    for stage in network.alignment.modules():
+        if isinstance(stage, AlignmentStage):
+            for parameter in (*stage.offsets.parameters(), *stage.deform.parameters()):
+                parameter.zero_()
+            channels = torch.arange(len(stage.deform.weight))
+            stage.deform.weight[channels, channels, 1, 1] = 1
+
+
+@torch.inference_mode()
+def measure_whitening(network: IMCNet, stills: SampleSource, *, seed: int) -> None:
+    """Set the statistics of the whitening to those of 320 stills at 256 pixels; the same seed sets the same.
+
+    A network without whitening is left alone.
+    """
+    if network.whitening is not None:
+        network.whitening.measure(_pyramids(network, stills, seed))
+
+
+def _pyramids(network: IMCNet, stills: SampleSource, seed: int) -> Iterator[Pyramid]:
+    for start in range(0, _WHITENING_STILLS, _WHITENING_BATCH):
+        frames = []
+        for place in range(start, start + _WHITENING_BATCH):
+            rng = np.random.default_rng((seed, place))
+            frames.append(stills.sample(int(rng.integers(len(stills))), rng, _WHITENING_SIZE).frames)
+        yield network.backbone(normalise(torch.cat(frames), network.config.normalisation))
+
+
 def describe_start(weights: Path | Literal["imagenet", "random"]) -> str:
     """Say what a training starts from, for the weights that come of it.
 
@@ -49,4 +90,4 @@ def describe_start(weights: Path | Literal["imagenet", "random"]) -> str:
     """
     if isinstance(weights, Path):
         return f"{weights.name}, SHA-256 {file_sha256(weights)}"
-    return {"imagenet": "torchvision's IMAGENET1K_V1", "random": "random weights"}[weights]
+    return {"imagenet": "ImageNet's weights of the backbone", "random": "random weights"}[weights]

@@ -1,16 +1,19 @@
-"""`imcnet train`: one stage of training, from its data sets to a weights file."""
+"""`imcnet train`: a recipe, or one stage of the paper's training, from its data to a weights file."""
 
 import contextlib
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Collection, Iterator
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from click.core import ParameterSource
 
 from service.cli import training_options as options
+from service.cli.train_recipe import train_recipe
 from service.errors import Misconfigured
 
 if TYPE_CHECKING:
@@ -20,14 +23,26 @@ if TYPE_CHECKING:
     from model.training.presets import TrainConfig
     from model.training.starts import BackboneWeights
 
+_OF_RECIPES = frozenset({"data", "cache", "first", "minutes"})
+_OF_PRESETS = frozenset(
+    {"row", "backbone", "backbone_weights", "davis16", "youtube_vos", "single_object_list", "youtube_objects"}
+    | {"duts", "steps", "size", "batch_size", "image_batches", "seed", "preload"}
+)
+
 
 def train(
-    out: Annotated[
-        Path, typer.Option(help="Folder of the run; if it holds one, that goes on where it stopped.")
-    ],
+    context: typer.Context,
+    out: Annotated[Path, typer.Option(help="Run folder; a run that it holds is resumed.")],
+    recipe: Annotated[
+        str | None, typer.Option(help="shipped: all phases, from ImageNet's weights to those that ship.")
+    ] = None,
     preset: Annotated[
-        str, typer.Option(help="stage1 or stage2, as the paper; small1 to small3, on little compute.")
-    ],
+        str | None, typer.Option(help="stage1 or stage2: a stage of the paper's training.")
+    ] = None,
+    data: options.DataOption = None,
+    cache: options.CacheOption = None,
+    first: options.FromOption = None,
+    minutes: options.MinutesOption = None,
     row: Annotated[
         str | None,
         typer.Option(
@@ -44,7 +59,9 @@ def train(
     single_object_list: options.SingleObjectListOption = None,
     youtube_objects: options.YoutubeObjectsOption = None,
     duts: options.DutsOption = None,
-    steps: Annotated[int | None, typer.Option(help="Batches; the learning rates' course stretches.")] = None,
+    steps: Annotated[
+        int | None, typer.Option(help="Batches; the learning-rate schedule stretches to them.")
+    ] = None,
     size: options.SizeOption = None,
     batch_size: options.BatchSizeOption = None,
     image_batches: options.ImageBatchesOption = None,
@@ -53,20 +70,60 @@ def train(
     save_every: options.SaveEveryOption = None,
     validate_every: options.ValidateEveryOption = None,
     device: options.DeviceOption = "auto",
-    workers: options.WorkersOption = 4,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that make samples, for each device. Default: 0 for a recipe, 4 for a preset.",
+        ),
+    ] = None,
     preload: options.PreloadOption = False,
+    threads: options.ThreadsOption = None,
+    nice: options.NiceOption = None,
     name: Annotated[str | None, typer.Option(help="Name of the weights, shown beside results.")] = None,
-    licence: Annotated[str, typer.Option(help="Terms of the weights, as an SPDX identifier.")] = "unknown",
+    licence: Annotated[
+        str | None,
+        typer.Option(
+            help="Terms of the weights, as an SPDX identifier. "
+            "Default: CC-BY-NC-4.0 for a recipe, else unknown."
+        ),
+    ] = None,
     provenance: Annotated[
-        str | None, typer.Option(help="How and on what they were trained; default: as told here.")
+        str | None, typer.Option(help="How and on what they were trained; default: what is known here.")
     ] = None,
 ) -> None:
-    """Train the network; the result is OUT/weights.safetensors.
+    """Train the network with a recipe or with a preset; results go to OUT.
 
-    The values not given are the preset's. The same command again goes on where the run was interrupted, and
-    ends with the same weights as if it had not been. Several GPUs: torchrun --nproc-per-node N
-    -m service.cli train …
+    Values that are not given are those of the recipe or preset. The same command again resumes an interrupted
+    run, which ends with the same weights as if it had not been interrupted. Several GPUs, with a preset:
+    torchrun --nproc-per-node N -m service.cli train …
     """
+    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
+    if recipe is not None and preset is None:
+        _refuse(context, _OF_PRESETS, "--preset")
+        _use_machine(threads or 1, 19 if nice is None else nice)
+        train_recipe(
+            recipe,
+            data=data,
+            cache=cache or out.parent / "cache",
+            out=out,
+            init=init,
+            first=first,
+            minutes=minutes,
+            device=device,
+            workers=workers or 0,
+            precision=precision,
+            save_every=save_every,
+            validate_every=validate_every,
+            weights_name=name,
+            licence=licence or "CC-BY-NC-4.0",
+            provenance=provenance,
+        )
+        return
+    if preset is None or recipe is not None:
+        raise Misconfigured("Give --recipe or --preset, one of them.")
+    _refuse(context, _OF_RECIPES, "--recipe")
+    _use_machine(threads, nice)
     from model.segmenter import resolve_device
     from model.training.checkpoint import claim_folder
     from model.training.processes import joined, rank
@@ -75,7 +132,6 @@ def train(
     from model.training.trainer import WEIGHTS_NAME, Training
     from model.weights import WeightsInfo, load_weights
 
-    logging.basicConfig(level="INFO", format="%(asctime)s %(message)s")
     stage = _stage(
         preset,
         row,
@@ -96,7 +152,7 @@ def train(
         config=config,
         trained=True,
         provenance=provenance or f"{preset}, {stage.steps} steps at {stage.size} pixels, from {started_from}",
-        licence=licence,
+        licence=licence or "unknown",
         input_size=stage.size,
     )
     roots = options.dataset_roots(
@@ -106,11 +162,37 @@ def train(
         data = Sources(roots, config, stage, single_object_list, preload).data()
         network = load_weights(init)[0] if init else new_network(config, start, seed=stage.seed)
         claim_folder(out, {"start": started_from})
-        run = Training(network, stage, data, info=info, folder=out, device=own_device, workers=workers)
+        run = Training(
+            network,
+            stage,
+            data,
+            info=info,
+            folder=out,
+            device=own_device,
+            workers=4 if workers is None else workers,
+        )
         with _events(out / "events", run.step, first=rank() == 0) as events:
             run.run(events=events)
         if rank() == 0:
-            typer.echo(f"{out / WEIGHTS_NAME}: J {run.history[-1]['j']:.3f} on windows for validation")
+            typer.echo(f"{out / WEIGHTS_NAME}: J {run.history[-1]['j']:.3f} on held-out windows")
+
+
+def _refuse(context: typer.Context, names: Collection[str], needed: str) -> None:
+    """Raises: Misconfigured: The command line gives an option that belongs to ``needed``."""
+    for parameter in context.command.params:
+        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
+        if given and parameter.name in names:
+            raise Misconfigured(f"{parameter.opts[0]} goes with {needed}.")
+
+
+def _use_machine(threads: int | None, nice: int | None) -> None:
+    """Limit threads and priority of this process; a priority that is lower already stays."""
+    import torch
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    if nice is not None:
+        os.nice(max(0, nice - os.nice(0)))
 
 
 def _stage(preset: str, row: str | None, **overrides: object) -> "TrainConfig":

@@ -58,6 +58,26 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 WorkersOption = Annotated[
     int, typer.Option(min=0, help="Processes that make samples, for each device; 0: none of their own.")
 ]
+DataOption = Annotated[
+    Path | None, typer.Option("--data", help="Folder of the packed training data, for a recipe.")
+]
+CacheOption = Annotated[
+    Path | None,
+    typer.Option(help="Folder for the decoded pictures of --data, 9 GB; default: cache, beside OUT."),
+]
+FromOption = Annotated[
+    str | None, typer.Option("--from", help="Phase of the recipe to begin with; needs --init.")
+]
+MinutesOption = Annotated[
+    float | None, typer.Option(min=0, help="Stop after about so many minutes; the same command resumes.")
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option(min=1, help="Threads. Default: 1 for a recipe, all cores for a preset.")
+]
+NiceOption = Annotated[
+    int | None,
+    typer.Option(min=0, max=19, help="Niceness, 19 being the lowest priority. Default: 19 for a recipe."),
+]
 PreloadOption = Annotated[
     bool,
     typer.Option("--preload", help="Keep all pictures in memory, small: 7 bytes for a pixel of a sample."),

@@ -68,7 +68,7 @@ def options(data: Path) -> tuple[object, ...]:
             "--validate-every",
             4,
         ),
-        *("--workers", 0, "--device", "cpu"),
+        *("--precision", "float32", "--workers", 0, "--device", "cpu"),
     )
 
 
@@ -177,7 +177,10 @@ def test_without_joint_training_no_stills_are_needed(
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        (("--preset", "stage3"), "There is no preset stage3; there are stage1, stage2, small1,"),
+        (("--preset", "stage3"), "There is no preset stage3; there are stage1, stage2."),
+        (("--recipe", "shipped"), "Give --recipe or --preset, one of them."),
+        (("--data", "."), "--data goes with --recipe."),
+        (("--from", "joint"), "--from goes with --recipe."),
         (("--row", "l9"), "The paper has no row l9; there are full, multi_scale, no_acm,"),
         (("--row", "stage1_only"), "Row stage1_only ends with stage1."),
         (("--size", 100), "size must be a positive multiple of 32, got 100"),
@@ -209,7 +212,7 @@ def test_the_first_stage_names_the_data_set_that_it_needs(
 def test_a_schedule_that_would_never_show_a_still_is_refused(
     imcnet: Callable[..., str], data: Path, tmp_path: Path
 ) -> None:
-    sets = ("--davis16", data / "davis", "--duts", data / "stills")
+    sets = ("--davis16", data / "davis", "--duts", data / "stills", "--precision", "float32")
     size = ("--size", 64, "--batch-size", 4, "--workers", 0, "--device", "cpu")
     error = imcnet("train", "--preset", "stage2", *sets, *size, *SMALL, "--out", tmp_path / "run")
     assert "8 videos, 4 images and 0 image batches after each video batch" in error
@@ -266,6 +269,37 @@ def test_two_processes_train_under_torchrun(
         json.loads((folder / "history.json").read_text()) for folder in (trained, tmp_path / "run")
     )
     assert [entry["step"] for entry in together] == [entry["step"] for entry in alone]
+
+
+def test_a_recipe_names_what_it_cannot_take(imcnet: Callable[..., str], tmp_path: Path) -> None:
+    recipe = ("train", "--recipe", "shipped", "--out", tmp_path / "run", "--nice", 0)
+    data = ("--data", tmp_path)
+    assert "There is no recipe best; there are shipped." in imcnet(*recipe, *data, "--recipe", "best")
+    assert "--recipe needs --data, a folder of training data; got None." in imcnet(*recipe)
+    assert "got missing." in imcnet(*recipe, "--data", "missing")
+    assert imcnet(*recipe, *data, "--row", "l2") == "--row goes with --preset."
+    assert imcnet(*recipe, *data, "--preload") == "--preload goes with --preset."
+    assert "the recipe has no phase fine; there are stills," in imcnet(*recipe, *data, "--from", "fine")
+    assert "davis16: no " in imcnet(*recipe, *data)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_recipe_trains_in_one_process(
+    imcnet: Callable[..., str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    error = imcnet("train", "--recipe", "shipped", "--out", tmp_path / "run", "--data", tmp_path, "--nice", 0)
+    assert error == "A recipe trains in one process; torchrun is for --preset."
+
+
+def test_a_training_can_be_limited_to_one_thread_at_low_priority(data: Path, tmp_path: Path) -> None:
+    """In a process of its own: a priority, once lowered, stays low."""
+    code = (
+        "import os, sys, torch; from service.cli.train import _use_machine; _use_machine(1, 19); "
+        "print(os.nice(0), torch.get_num_threads())"
+    )
+    said = subprocess.run([sys.executable, "-c", code], env=environment(), check=True, capture_output=True)
+    assert said.stdout.split() == [b"19", b"1"]
 
 
 # -- pretrain --------------------------------------------------------------------------------------------
@@ -333,7 +367,18 @@ def test_pretraining_says_what_is_wrong_with_its_images(
 def ablate(data: Path, out: Path, *more: object) -> tuple[object, ...]:
     return (
         *("ablate", "--davis16", data / "davis", "--duts", data / "stills", "--out", out, "--steps", 4),
-        *("--first", "small2", "--second", "stage2", "--size", 64, "--batch-size", 2, "--image-batches", 1),
+        *(
+            "--precision",
+            "float32",
+            "--second",
+            "stage2",
+            "--size",
+            64,
+            "--batch-size",
+            2,
+            "--image-batches",
+            1,
+        ),
         *(*SMALL, "--workers", 0, "--device", "cpu", *more),
     )
 

@@ -16,7 +16,7 @@ from model.variants import ROWS
 from model.weights import read_info
 from tests.training_data import write_davis16, write_duts
 
-SMALL = {"steps": 1, "size": 64, "batch_size": 1}
+SMALL = {"steps": 1, "size": 64, "batch_size": 1, "precision": "float32"}
 FIRST = replace(PRESETS["stage1"], videos=(("davis16", 1),), **SMALL)
 SECOND = replace(PRESETS["stage2"], image_batches=1, **SMALL)
 

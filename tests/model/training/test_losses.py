@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.imcnet import Prediction
 from model.training.losses import (
+    final_loss,
     map_loss,
+    side_loss,
     soft_iou,
     structural_similarity,
-    total_loss,
     weighted_cross_entropy,
 )
 
@@ -135,48 +135,65 @@ def test_a_map_that_is_right_loses_nothing() -> None:
     assert map_loss(truth, truth).item() == pytest.approx(0, abs=1e-9)
 
 
-@pytest.mark.parametrize("num_frames", [1, 3, 5])
-def test_the_side_masks_count_with_their_mean_and_the_final_mask_whole(num_frames: int) -> None:
-    truth = masks(2, num_frames, 32, 32).bool()
+def test_the_final_loss_compares_upsampled_probabilities_at_the_size_of_the_target() -> None:
+    target = masks(2, 32, 32).float()
     logits = torch.randn(2, 1, 8, 8, generator=torch.Generator().manual_seed(3))
-    side_masks = probabilities(2, num_frames, 4, 32, 32).float()
-    side = [
-        map_loss(side_masks[:, frame, level].unsqueeze(1), truth[:, frame].float().unsqueeze(1)).item()
-        for frame in range(num_frames)
-        for level in range(4)
-    ]
-    # The final mask belongs to the frame in the middle, at the size of the truth.
     upsampled = torch.nn.functional.interpolate(
         logits.sigmoid(), (32, 32), mode="bilinear", align_corners=True
     )
-    final = map_loss(upsampled, truth[:, num_frames // 2].float().unsqueeze(1)).item()
-    total = total_loss(Prediction(logits, side_masks), truth)
-    assert total.dim() == 0
-    assert total.item() == pytest.approx(final + sum(side) / len(side), rel=1e-5)
+    loss = final_loss(logits, target)
+    assert loss.dim() == 0
+    assert loss.item() == pytest.approx(map_loss(upsampled, target.unsqueeze(1)).item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("num_frames", [1, 3, 5])
+def test_the_side_loss_is_the_mean_over_frames_and_levels(num_frames: int) -> None:
+    target = masks(2, num_frames, 32, 32).float()
+    side_masks = probabilities(2, num_frames, 4, 32, 32).float()
+    side = [
+        map_loss(side_masks[:, frame, level].unsqueeze(1), target[:, frame].unsqueeze(1)).item()
+        for frame in range(num_frames)
+        for level in range(4)
+    ]
+    loss = side_loss(side_masks, target)
+    assert loss.dim() == 0
+    assert loss.item() == pytest.approx(sum(side) / len(side), rel=1e-5)
 
 
 def test_the_side_losses_are_divided_by_twelve_as_in_the_released_code() -> None:
-    truth = masks(1, 3, 16, 16).bool()
-    logits, side_masks = torch.zeros(1, 1, 4, 4), probabilities(1, 3, 4, 16, 16).float()
+    target = masks(1, 3, 16, 16).float()
+    side_masks = probabilities(1, 3, 4, 16, 16).float()
     changed = side_masks.clone()
     changed[:, 0, 2] = 0.5
-    before, after = (total_loss(Prediction(logits, masks_), truth) for masks_ in (side_masks, changed))
-    frame = truth[:, :1].float()
+    before, after = (side_loss(masks_, target) for masks_ in (side_masks, changed))
+    frame = target[:, :1]
     difference = map_loss(changed[:, 0, 2:3], frame) - map_loss(side_masks[:, 0, 2:3], frame)
     assert (after - before).item() == pytest.approx(difference.item() / 12, abs=1e-5)
 
 
+def test_side_masks_can_be_compared_at_half_the_size() -> None:
+    target, side_masks = masks(1, 1, 16, 16).float(), probabilities(1, 1, 4, 16, 16).float()
+    means = torch.nn.functional.avg_pool2d(side_masks.flatten(1, 2), 2).view(1, 1, 4, 8, 8)
+    half = torch.nn.functional.avg_pool2d(target, 2)
+    assert not set(half.unique().tolist()) <= {0, 1}  # a soft target at the boundary, not a rounded one
+    assert side_loss(side_masks, target, stride=2) == side_loss(means, half)
+
+
+def test_a_soft_target_is_met_by_its_own_values() -> None:
+    target = probabilities(1, 1, 16, 16)
+    hard = (target > 0.5).double()
+    assert map_loss(target, target) < map_loss(hard, target)
+
+
 def test_masks_that_rounding_has_left_above_one_are_one() -> None:
-    truth = torch.ones(1, 3, 16, 16, dtype=torch.bool)
-    logits = torch.full((1, 1, 4, 4), 50.0)
+    target = torch.ones(1, 3, 16, 16)
     above = torch.full((1, 3, 4, 16, 16), 1.0078125, dtype=torch.bfloat16)
-    exact = torch.ones(1, 3, 4, 16, 16)
-    assert total_loss(Prediction(logits, above), truth) == total_loss(Prediction(logits, exact), truth)
+    assert side_loss(above, target) == side_loss(torch.ones(1, 3, 4, 16, 16), target)
 
 
 def test_half_precision_is_compared_in_float32() -> None:
-    truth = masks(1, 1, 16, 16).bool()
+    target = masks(1, 1, 16, 16).float()
     logits, side_masks = torch.randn(1, 1, 4, 4).bfloat16(), probabilities(1, 1, 4, 16, 16).bfloat16()
-    half = total_loss(Prediction(logits, side_masks), truth)
-    assert half.dtype == torch.float32
-    assert half == total_loss(Prediction(logits.float(), side_masks.float()), truth)
+    assert final_loss(logits, target[0]).dtype == torch.float32
+    assert final_loss(logits, target[0]) == final_loss(logits.float(), target[0])
+    assert side_loss(side_masks, target) == side_loss(side_masks.float(), target)

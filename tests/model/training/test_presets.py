@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 
-from model.training.presets import PRESETS, Rates, TrainConfig, rate_factor
+from model.training.presets import PRESETS, RECIPES, Phase, Rates, Recipe, TrainConfig, rate_factor
 
 
 def test_the_first_stage_has_the_papers_numbers() -> None:
@@ -71,3 +71,53 @@ def test_a_configuration_can_be_changed_without_changing_the_preset() -> None:
     changed = replace(PRESETS["stage2"], steps=10)
     assert isinstance(changed, TrainConfig)
     assert PRESETS["stage2"].steps == 155_000
+
+
+# -- recipes ---------------------------------------------------------------------------------------------
+
+SHIPPED = RECIPES["shipped"]
+
+
+def test_the_shipped_recipe_goes_from_stills_to_everything() -> None:
+    stills, trunk, motion, joint = SHIPPED.phases
+    assert [phase.name for phase in SHIPPED.phases] == ["stills", "trunk", "motion", "joint"]
+    assert (stills.windows, trunk.windows, motion.images) == ((), (), ())
+    assert joint.windows
+    assert joint.images
+    assert max(stills.sizes) <= min(trunk.sizes)
+    assert not any(prefix.startswith(("backbone", "propagation")) for prefix in motion.trained)
+
+
+def test_no_phase_draws_the_samples_of_another() -> None:
+    assert len({phase.seed for phase in SHIPPED.phases}) == len(SHIPPED.phases)
+
+
+def test_the_data_must_serve_the_largest_size_of_samples() -> None:
+    assert SHIPPED.largest_size == 384
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"sizes": (100,)}, "multiple of 32, got 100"),
+        ({"sizes": ()}, "phase joint needs a size"),
+        ({"validation_size": 16}, "multiple of 32, got 16"),
+        ({"align_every": 0}, "align_every must be at least 1, got 0"),
+        ({"cue_dropout": 1.5}, r"cue_dropout must be within \[0, 1\], got 1.5"),
+        ({"windows": ()}, "takes 2 windows a step from 0 sources"),
+        ({"stills_per_step": 0}, "takes 0 images a step from 6 sources"),
+        ({"windows_per_step": 0, "stills_per_step": 0}, "windows or stills in every step"),
+        ({"side_stride": 0}, "side_stride must be at least 1, got 0"),
+    ],
+)
+def test_a_phase_that_cannot_be_trained_is_refused(changes: dict[str, object], complaint: str) -> None:
+    with pytest.raises(ValueError, match=complaint):
+        replace(SHIPPED.phases[-1], **changes)  # type: ignore[arg-type]
+
+
+def test_phases_of_a_recipe_have_different_names() -> None:
+    phase: Phase = SHIPPED.phases[0]
+    with pytest.raises(ValueError, match="different names, got stills, stills"):
+        Recipe(SHIPPED.network, (phase, phase))
+    with pytest.raises(ValueError, match="got none"):
+        Recipe(SHIPPED.network, ())

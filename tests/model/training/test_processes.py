@@ -13,7 +13,7 @@ from model.imcnet import IMCNetConfig
 from model.preprocess import normalise
 from model.training import processes
 from model.training.learning_rates import parameter_groups
-from model.training.losses import total_loss
+from model.training.losses import final_loss, side_loss
 from model.training.sampling import JointSampler
 from model.variants import build_network
 from tests.conftest import REPOSITORY
@@ -58,8 +58,9 @@ def test_their_step_is_that_of_the_mean_of_their_gradients(folder: Path) -> None
     samples = [data.videos.sample(key.index, np.random.default_rng(key.seed), 64) for key in keys]
     for share in (samples[0::2], samples[1::2]):  # batch norm sees each on its own
         frames = normalise(torch.stack([sample.frames for sample in share]), "imagenet")
-        masks = torch.stack([sample.masks for sample in share])
-        (total_loss(network(frames), masks) / 2).backward()  # type: ignore[no-untyped-call]
+        target = torch.stack([sample.masks for sample in share]).float() / 255
+        logits, side_masks = network(frames)
+        ((final_loss(logits, target[:, 1]) + side_loss(side_masks, target)) / 2).backward()
     nn.utils.clip_grad_norm_(network.parameters(), CONFIG.clip_norm)
     torch.optim.Adam(parameter_groups(network, CONFIG.rates), betas=CONFIG.betas).step()
     found, start = weights(folder, 0, 1), torch.load(folder / "start.pt", weights_only=True)
@@ -72,7 +73,7 @@ def test_their_step_is_that_of_the_mean_of_their_gradients(folder: Path) -> None
 
 def test_the_first_process_alone_writes_the_results(folder: Path) -> None:
     names = {path.name for path in folder.iterdir() if not path.name.startswith(("rank", "start"))}
-    assert names == {"checkpoint.pt", "weights.safetensors", "history.json"}
+    assert names == {"checkpoint.pt", "weights.safetensors", "best.safetensors", "history.json", "log.jsonl"}
 
 
 def test_one_process_is_the_first_and_only() -> None:

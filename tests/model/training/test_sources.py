@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from model.errors import DatasetError
+from model.held_out import HELD_OUT_SEQUENCES
 from model.imcnet import IMCNetConfig
 from model.training.presets import PRESETS, TrainConfig
 from model.training.sources import Dataset, Sources
@@ -26,7 +28,7 @@ def roots(tmp_path_factory: pytest.TempPathFactory) -> dict[Dataset, Path]:
 
 def test_a_stage_gets_the_data_sets_that_it_names(roots: dict[Dataset, Path]) -> None:
     data = Sources(roots, NETWORK, STAGE2).data()
-    assert (len(data.videos), len(data.images), len(data.validation)) == (10, 4, 5)
+    assert (len(data.videos), len(data.images), len(data.validation)) == (10, 4, 1)
     window = data.videos.sample(0, np.random.default_rng(0), 64)
     still = data.images.sample(0, np.random.default_rng(0), 64)
     assert (window.frames.shape, still.frames.shape) == ((3, 3, 64, 64), (1, 3, 64, 64))
@@ -41,12 +43,37 @@ def test_a_data_set_counts_as_often_as_the_stage_says(roots: dict[Dataset, Path]
 def test_windows_are_those_of_the_network(roots: dict[Dataset, Path]) -> None:
     data = Sources(roots, IMCNetConfig("resnet18", num_frames=5, frame_stride=1), STAGE2).data()
     for source in (data.videos, data.validation):
-        assert len(source.sample(2, np.random.default_rng(0), 64).frames) == 5
+        assert len(source.sample(0, np.random.default_rng(0), 64).frames) == 5
+
+
+def test_a_stage_reads_nothing_of_the_validation_split(roots: dict[Dataset, Path], tmp_path: Path) -> None:
+    shutil.copytree(roots["davis16"], tmp_path / "davis")
+    for kind in ("JPEGImages", "Annotations"):
+        shutil.rmtree(tmp_path / "davis" / kind / "480p" / "val0")
+    (tmp_path / "davis" / "ImageSets" / "2016" / "val.txt").unlink()
+    data = Sources({**roots, "davis16": tmp_path / "davis"}, NETWORK, STAGE2).data()
+    for source in (data.videos, data.validation):
+        for place in range(len(source)):
+            source.sample(place, np.random.default_rng(0), 64)
+
+
+def test_held_out_sequences_validate_and_train_nothing(roots: dict[Dataset, Path]) -> None:
+    data = Sources(roots, NETWORK, STAGE2).data()
+    assert set(data.validation.names) == {HELD_OUT_SEQUENCES[0]}
+    # Two sequences of five frames, but not the third, which is held out.
+    assert len(data.videos) == 10
+
+
+def test_a_data_set_without_held_out_sequences_cannot_validate(tmp_path: Path) -> None:
+    write_davis16(tmp_path / "davis")
+    (tmp_path / "davis" / "ImageSets" / "2016" / "train.txt").write_text("train0\n")
+    with pytest.raises(DatasetError, match="none of the sequences held out for validation: bmx-bumps"):
+        Sources({"davis16": tmp_path / "davis"}, NETWORK, replace(STAGE2, images=())).data()
 
 
 def test_validation_windows_are_not_varied(roots: dict[Dataset, Path]) -> None:
     validation = Sources(roots, NETWORK, STAGE2).data().validation
-    samples = [validation.sample(1, np.random.default_rng(seed), 64) for seed in (0, 1)]
+    samples = [validation.sample(0, np.random.default_rng(seed), 64) for seed in (0, 1)]
     assert torch.equal(samples[0].frames, samples[1].frames)
     assert torch.equal(samples[0].masks, samples[1].masks)
 

@@ -13,10 +13,19 @@ from torch import Tensor
 from model.errors import CheckpointError, TrainingError
 from model.imcnet import IMCNet, IMCNetConfig, Variant
 from model.training.learning_rates import parameter_groups
-from model.training.presets import PRESETS, Rates, TrainConfig, rate_factor
+from model.training.presets import PRESETS, Precision, Rates, TrainConfig, rate_factor
 from model.training.samples import SampleSource
 from model.training.sources import Dataset, Sources
-from model.training.trainer import CHECKPOINT_NAME, HISTORY_NAME, WEIGHTS_NAME, Training, TrainingData
+from model.training.trainer import (
+    BEST_NAME,
+    CHECKPOINT_NAME,
+    HISTORY_NAME,
+    LOG_NAME,
+    WEIGHTS_NAME,
+    Training,
+    TrainingData,
+    require_precision,
+)
 from model.variants import build_network
 from model.weights import WeightsInfo, read_info
 from tests.training_data import RenderedWindows, write_davis16, write_duts
@@ -41,6 +50,7 @@ CONFIG = TrainConfig(
     schedule="cosine",
     stride_jitter=2,
     reversal=0.5,
+    precision="float32",
     save_every=2,
     validate_every=4,
 )
@@ -125,7 +135,7 @@ def test_gradients_reach_every_parameter(
 def test_stills_move_nothing_that_they_pass_by(
     window: RenderedWindows, still: RenderedWindows, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, steps=2, batch_size=1, precision="float32")
+    config = replace(CONFIG, steps=2, batch_size=1)
     run = training(tmp_path, config, only(window, still))
     run.run(stop=1)
     before = copy.deepcopy(run.network.state_dict())
@@ -140,9 +150,7 @@ def test_stills_move_nothing_that_they_pass_by(
 
 def test_a_network_learns_a_window_by_heart(tmp_path: Path) -> None:
     rates = Rates(motion=1e-3, attention=1e-3, backbone=1e-3)
-    config = replace(
-        CONFIG, steps=60, size=128, batch_size=1, rates=rates, ema_decay=0.8, precision="float32", **NEVER
-    )
+    config = replace(CONFIG, steps=60, size=128, batch_size=1, rates=rates, ema_decay=0.8, **NEVER)
     # The middle of the scene, for an object of a size that a mask at stride 4 can follow.
     run = training(tmp_path, config, only(RenderedWindows([1], size=256).cropped(128)))
     run.run()
@@ -223,7 +231,16 @@ def test_validations_are_kept_as_history(uninterrupted: Path) -> None:
 
 def test_nothing_but_the_results_is_left(uninterrupted: Path) -> None:
     names = {path.name for path in uninterrupted.iterdir()}
-    assert names == {CHECKPOINT_NAME, WEIGHTS_NAME, HISTORY_NAME}
+    assert names == {CHECKPOINT_NAME, WEIGHTS_NAME, BEST_NAME, HISTORY_NAME, LOG_NAME}
+
+
+def test_a_kill_right_after_the_last_checkpoint_costs_no_result(
+    varied_data: TrainingData, uninterrupted: Path, tmp_path: Path
+) -> None:
+    (tmp_path / CHECKPOINT_NAME).write_bytes((uninterrupted / CHECKPOINT_NAME).read_bytes())
+    training(tmp_path, CONFIG, varied_data).run()
+    for name in (WEIGHTS_NAME, HISTORY_NAME):
+        assert (tmp_path / name).read_bytes() == (uninterrupted / name).read_bytes()
 
 
 def test_a_run_that_has_ended_does_nothing_more(varied_data: TrainingData, uninterrupted: Path) -> None:
@@ -235,14 +252,15 @@ def test_a_run_that_has_ended_does_nothing_more(varied_data: TrainingData, unint
 
 
 def test_the_weights_are_the_average_of_those_of_the_steps(window: RenderedWindows, tmp_path: Path) -> None:
-    config = replace(CONFIG, steps=3, batch_size=1, images=(), ema_decay=0.75, save_every=1)
+    config = replace(CONFIG, steps=3, batch_size=1, images=(), ema_decay=0.2, save_every=1)
     run = training(tmp_path, config, only(window))
     name = "segmentation.predict.weight"
     expected = None
     for stop in (1, 2, 3):
         run.run(stop=stop)
         now = run.network.state_dict()[name].clone()
-        expected = now if expected is None else 0.75 * expected + 0.25 * now
+        decay = min(0.2, stop / (9 + stop))  # of the first steps, which are averaged over fewer
+        expected = now if expected is None else decay * expected + (1 - decay) * now
         torch.testing.assert_close(load_file(tmp_path / WEIGHTS_NAME)[name], expected)
     assert read_info(tmp_path / WEIGHTS_NAME) == run.info
 
@@ -315,6 +333,24 @@ def test_data_that_would_never_show_a_still_are_refused(
         training(tmp_path, config, only(window, still)).run()
 
 
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_arithmetic_that_the_cpu_lacks_is_refused(
+    precision: Precision, window: RenderedWindows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        monkeypatch.setattr(torch.cpu, name, lambda: False)
+    with pytest.raises(TrainingError, match=f"this CPU has no {precision} arithmetic: take float32"):
+        training(tmp_path, replace(CONFIG, precision=precision), only(window))
+    require_precision(precision, torch.device("cuda"))
+
+
+def test_a_cpu_with_bfloat16_may_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)
+    require_precision("bfloat16", torch.device("cpu"))
+    with pytest.raises(TrainingError, match="no float16"):
+        require_precision("float16", torch.device("cpu"))
+
+
 # -- TensorBoard -----------------------------------------------------------------------------------------
 
 
@@ -337,6 +373,7 @@ def test_tensorboard_is_told_losses_rates_validations_and_masks(
     (loss,) = told.Scalars("training/loss")
     assert loss.step == 20
     assert loss.value == pytest.approx(np.mean([entry["loss"] for entry in run.history]))
-    (rate,) = told.Scalars("learning rate/motion")
-    assert rate.value == pytest.approx(1e-3 * rate_factor("cosine", 19, 20))
+    for name, peak in (("highest", 1e-3), ("lowest", 1e-5)):
+        (rate,) = told.Scalars(f"learning rate/{name}")
+        assert rate.value == pytest.approx(peak * rate_factor("cosine", 19, 20))
     assert [image.step for image in told.Images("validation/masks")] == [20]
