@@ -55,9 +55,10 @@ def test_masks_that_anyone_made_are_scored(davis: Path, results: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     table = [line.split() for line in done.stdout.splitlines()]
-    assert ["dog", "3", "100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0"] in table
-    assert ["mean", "50.0", "50.0", "0.0", "50.0", "50.0", "0.0", "50.0"] in table
-    assert ["DEF", "deformation", "1", "100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0"] in table
+    all_right = ["100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0", "18.2", "18.2"]
+    assert ["dog", "3", *all_right] in table
+    assert ["mean", "50.0", "50.0", "0.0", "50.0", "50.0", "0.0", "50.0", "9.1", "18.2"] in table
+    assert ["DEF", "deformation", "1", *all_right] in table
     assert ["J", "mean", "50.0", "81.4", "-31.4"] in table
     assert "2 of the 20 sequences" in done.stdout
 
@@ -71,9 +72,13 @@ def test_masks_that_anyone_made_are_scored(davis: Path, results: Path, tmp_path:
         "f_decay": 0,
         "jf_mean": 1,
     }
-    assert document["sequences"]["dog"] == {"frames": 3, **perfect}
-    assert document["sequences"]["bus"] == {"frames": 3, **dict.fromkeys(perfect, 0)}
+    change = pytest.approx(1 - 9 / 11)  # of a square of 10 pixels that moves by one
+    of_the_dog = {**perfect, "flicker": change, "truth_flicker": change}
+    assert document["sequences"]["dog"] == {"frames": 3, **of_the_dog}
+    of_the_bus = {**dict.fromkeys(perfect, 0), "flicker": 0, "truth_flicker": change}
+    assert document["sequences"]["bus"] == {"frames": 3, **of_the_bus}
     assert {key: document[key] for key in perfect} == {key: value / 2 for key, value in perfect.items()}
+    assert document["flicker"] == pytest.approx(document["truth_flicker"] / 2)
     assert document["attributes"]["OCC"]["sequences"] == 2
     assert document["paper"] == {"row": "l3", "j_mean": 0.814, "f_mean": 0.801}
     assert (document["dataset"], document["split"], document["seconds_per_frame"]) == ("davis16", "val", None)
