@@ -133,7 +133,7 @@ class MotionClips:
         return [still for still in self._stills if _group(still) == _group(chosen)]
 
     def _cut(self, stills: Sequence[Still], rng: np.random.Generator) -> Tensor:
-        picture = _read_picture(stills[rng.integers(len(stills))])
+        picture = _read_picture(stills[int(rng.integers(len(stills)))])
         return limit_side(cut_out(picture, rng, _VIEW), _LONGEST * _VIEW.size)
 
     def _background(self, rng: np.random.Generator) -> Picture:

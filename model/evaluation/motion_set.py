@@ -3,7 +3,9 @@
 from collections.abc import Collection
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
+from numpy.typing import NDArray
 from PIL import Image
 
 from model.datasets import Still, VideoSequence, duts
@@ -61,11 +63,14 @@ class MotionSet:
 
 
 def _write(clip: MotionClip, name: str, folder: Path) -> VideoSequence:
-    frames, masks = (folder / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))
-    paths = []
-    for images, parent in ((clip.frames, frames), (clip.masks, masks)):
-        parent.mkdir(parents=True)
-        paths.append(tuple(parent / f"{index:05d}.png" for index in range(len(images))))
-        for image, path in zip(images, paths[-1], strict=True):
-            Image.fromarray(image).save(path, compress_level=1)
-    return VideoSequence(name, *paths, category=kind_of(name))
+    frames = _write_images(clip.frames, folder / "JPEGImages" / "480p" / name)
+    masks = _write_images(clip.masks, folder / "Annotations" / "480p" / name)
+    return VideoSequence(name, frames, masks, category=kind_of(name))
+
+
+def _write_images(images: NDArray[Any], folder: Path) -> tuple[Path, ...]:
+    folder.mkdir(parents=True)
+    paths = tuple(folder / f"{index:05d}.png" for index in range(len(images)))
+    for image, path in zip(images, paths, strict=True):
+        Image.fromarray(image).save(path, compress_level=1)
+    return paths

@@ -8,6 +8,8 @@ import zipfile
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from model.datasets import Still, VideoSequence
 from model.errors import DatasetError
 
@@ -72,12 +74,12 @@ def _unpack_frames(video: Path, folder: Path) -> Sequence[Path]:
     import av  # optional for the network itself
 
     folder.mkdir(parents=True, exist_ok=True)
-    paths = []
+    paths: list[Path] = []
     try:
         with av.open(str(video)) as container:
             for frame in container.decode(video=0):
                 paths.append(folder / f"{len(paths):05d}.jpg")
-                frame.to_image().save(paths[-1], quality=_JPEG_QUALITY)
+                Image.fromarray(frame.to_ndarray(format="rgb24")).save(paths[-1], quality=_JPEG_QUALITY)
     except (OSError, av.FFmpegError) as error:
         raise DatasetError(f"cannot read the video {video}: {error}") from error
     return paths
