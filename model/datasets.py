@@ -36,6 +36,8 @@ class Still:
 def davis16(root: Path, split: Split) -> list[VideoSequence]:
     """DAVIS-2016 at 480p; DAVIS-2017's download, whose annotations count as one object, does as well.
 
+    Frames may be PNG files too.
+
     The split is listed in ``ImageSets/2016/<split>.txt``, one name a line (DAVIS-2017), or in
     ``ImageSets/480p/<split>.txt``, one frame a line (DAVIS-2016).
 
@@ -163,7 +165,7 @@ def read_mask(path: Path) -> NDArray[np.bool_]:
 
 
 def _sequence(name: str, images: Path, annotations: Path, *, category: str | None = None) -> VideoSequence:
-    frames = {_number(path): path for path in _files(images, ".jpg")}
+    frames = {_number(path): path for path in _files(images, ".jpg", ".png")}
     masks = {_number(path): path for path in _files(annotations, ".png", ".jpg")}
     without_frame = sorted(masks.keys() - frames.keys())
     if without_frame:

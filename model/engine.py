@@ -84,6 +84,16 @@ class TorchEngine:
             return foreground_probability(self.network.decode_window(merged))
 
 
+class StillEngine(TorchEngine):
+    """The network's still path: the middle frame of a window is segmented by itself, whatever moves."""
+
+    @torch.inference_mode()
+    def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
+        frames = merge_frames([window[len(window) // 2] for window in windows])
+        with convolutions(self.device):
+            return foreground_probability(self.network.decode_image(frames))
+
+
 def convolutions(device: torch.device, *, benchmark: bool = False) -> AbstractContextManager[object]:
     """Within the block, convolutions in float32 are that on CUDA too: by default, PyTorch has them in TF32.
 

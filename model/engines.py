@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from model.agreement import FAST_GATE, measure_agreement
-from model.engine import Engine
+from model.engine import Engine, StillEngine
 from model.errors import DeviceError, EngineUnavailable
 from model.imcnet import IMCNet
 from model.segmenter import Segmenter
 from model.views import Quality
 from model.weights import load_weights
+from model.windows import WindowLayout
 
 if TYPE_CHECKING:
     from model.openvino_engine import Precision
@@ -51,6 +52,28 @@ def load_segmenter(
         add_fast_engine(segmenter, network, graphs=graphs)
     elif quality == "exact" and exact_backend == "openvino":
         use_openvino(segmenter, network, graphs=graphs)
+    return segmenter
+
+
+def load_still_segmenter(weights: Path, *, device: str, input_size: int | None = None) -> Segmenter:
+    """Load a weights file for its still path: frames are segmented one by one, whatever moves between them.
+
+    It shows what the windows of the same weights gain. It has the qualities ``exact`` and ``multi_scale``.
+
+    Args:
+        device: As for ``resolve_device``.
+        input_size: By default the one that the weights were made for.
+
+    Raises:
+        WeightsError: The file cannot be used.
+        DeviceError: The device is not there.
+        ValueError: ``input_size`` is not a positive multiple of 32.
+    """
+    network, info = load_weights(weights)
+    segmenter = Segmenter(network, device=device, input_size=input_size or info.input_size)
+    still = StillEngine(network, device=segmenter.device)
+    segmenter.engines = {"exact": still, "multi_scale": still}
+    segmenter.layout = WindowLayout(num_frames=1)
     return segmenter
 
 

@@ -150,6 +150,16 @@ class IMCNet(nn.Module):
         logits = self.segmentation(decoded.features)
         return Prediction(logits, self.propagation.side_masks(decoded, images.shape[-2:]).unsqueeze(1))
 
+    def decode_image(self, frame: FrameFeatures) -> Tensor:
+        """Segment a frame by itself, as ``segment_image`` does; computes nothing but what its mask needs.
+
+        Returns:
+            Foreground logits, ``(B, 1, H/4, W/4)``.
+        """
+        decoded = self.propagation(frame.pyramid, torch.ones_like(frame.pyramid.v5))
+        logits: Tensor = self.segmentation(decoded.features)
+        return logits
+
     def _pyramid(self, images: Tensor) -> Pyramid:
         if images.dim() != 4 or images.shape[1] != 3:
             raise ValueError(f"expected images (B, 3, H, W), got {tuple(images.shape)}")

@@ -53,7 +53,7 @@ def test_the_model_needs_nothing_but_what_runs_the_network() -> None:
     needed = {"model", "torch", "torchvision", "numpy", "PIL", "safetensors", "tqdm"}
     for path in files("model"):
         found = {name.split(".")[0] for name in imports(path)}
-        # Only the engines that need them import these files, when they are made; only what reads videos, av.
+        # Only the engines that need them import these files, when they are made; packed videos need PyAV.
         own = {"triton_deform.py": {"triton"}, "openvino_engine.py": {"openvino"}, "packed.py": {"av"}}
         assert found <= needed | own.get(path.name, set()) | sys.stdlib_module_names, path
 

@@ -10,7 +10,7 @@ from model.datasets import VideoSequence
 from model.errors import DatasetError
 from model.evaluation.boundary import boundary_accuracy
 from model.evaluation.jaccard import region_similarity
-from model.evaluation.masks import read_truth
+from model.evaluation.masks import Mask, read_truth
 from model.evaluation.predictions import Predictions
 from model.evaluation.scores import SequenceScores
 
@@ -47,19 +47,32 @@ def scored_frames(sequence: VideoSequence) -> range:
 
 
 def score_sequence(predictions: Predictions, sequence: VideoSequence) -> SequenceScores:
-    """Measure J and F of the scored frames.
+    """Measure J and F of the scored frames, and how much masks and annotations change between them.
 
     Raises:
         DatasetError: A frame or its annotation is missing or cannot be read, or nothing is to be scored.
         ResultsError: The predictions are files that do not fit the sequence.
     """
     frames = scored_frames(sequence)
-    j, f = [], []
+    j, f, flicker, truth_flicker = [], [], [], []
+    before: tuple[Mask, Mask] | None = None
     for index, prediction in zip(frames, predictions.masks(sequence, frames), strict=True):
         truth = read_truth(sequence, index)
         j.append(region_similarity(prediction, truth))
         f.append(boundary_accuracy(prediction, truth))
-    return SequenceScores(sequence.name, sequence.category, tuple(frames), tuple(j), tuple(f))
+        if before is not None:
+            flicker.append(1 - region_similarity(before[0], prediction))
+            truth_flicker.append(1 - region_similarity(before[1], truth))
+        before = prediction, truth
+    return SequenceScores(
+        sequence.name,
+        sequence.category,
+        frames=tuple(frames),
+        j=tuple(j),
+        f=tuple(f),
+        flicker=tuple(flicker),
+        truth_flicker=tuple(truth_flicker),
+    )
 
 
 def mean_jaccard(predictions: Predictions, sequences: Iterable[VideoSequence], *, every: int = 1) -> float:

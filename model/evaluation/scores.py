@@ -62,6 +62,8 @@ class SequenceScores:
         frames: Positions of the scored frames in the sequence, counted from 0.
         j: Region similarity of those frames, in [0, 1].
         f: Their boundary accuracy, in [0, 1]; empty where the benchmark does not measure it.
+        flicker: 1 - IoU of the masks of each two neighbouring scored frames; empty like ``f``.
+        truth_flicker: The same of the annotations.
     """
 
     name: str
@@ -69,14 +71,23 @@ class SequenceScores:
     frames: tuple[int, ...]
     j: tuple[float, ...]
     f: tuple[float, ...] = ()
+    flicker: tuple[float, ...] = ()
+    truth_flicker: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Figures:
-    """J and F of a sequence, or of a group of them."""
+    """J, F and flicker of a sequence, or of a group of them.
+
+    Args:
+        flicker: Mean change from mask to mask, 1 - IoU; 0 for a sequence with one scored frame.
+        truth_flicker: The same of the annotations: what a steady and correct mask has.
+    """
 
     j: Statistics
     f: Statistics
+    flicker: float
+    truth_flicker: float
 
     @property
     def jf_mean(self) -> float:
@@ -93,6 +104,8 @@ class Figures:
         return cls(
             Statistics.mean_of([Statistics.of(one.j) for one in scores]),
             Statistics.mean_of([Statistics.of(one.f) for one in scores]),
+            flicker=fmean(fmean(one.flicker or [0.0]) for one in scores),
+            truth_flicker=fmean(fmean(one.truth_flicker or [0.0]) for one in scores),
         )
 
 
@@ -114,6 +127,20 @@ def by_attribute(
         for attribute in attributes[one.name]:
             groups[attribute].append(one)
     return dict(sorted(groups.items()))
+
+
+def by_category(scores: Iterable[SequenceScores]) -> dict[str, list[SequenceScores]]:
+    """Group sequences by class, in the order in which the classes come.
+
+    Raises:
+        ValueError: A sequence has no class.
+    """
+    groups: dict[str, list[SequenceScores]] = defaultdict(list)
+    for one in scores:
+        if one.category is None:
+            raise ValueError(f"the sequence {one.name} has no class")
+        groups[one.category].append(one)
+    return dict(groups)
 
 
 def j_by_category(scores: Iterable[SequenceScores]) -> dict[str, float]:

@@ -1,17 +1,17 @@
-"""`imcnet evaluate`: J and F of the network, or of anyone's masks, on DAVIS-2016 and YouTube-Objects."""
+"""`imcnet evaluate`: J and F of the network, or of anyone's masks, on annotated sequences."""
 
 import contextlib
 import json
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pydantic import BaseModel, ValidationError
 
 from service.cli import evaluation_report as report
-from service.cli.evaluation_run import segment_to
+from service.cli.evaluation_data import Dataset, Split, choose, open_source, read_attributes
+from service.cli.evaluation_run import SegmentationPath, segment_to
 from service.cli.serve import WeightsOption
 from service.cli.settings import read_settings, require_weights
 from service.errors import Misconfigured
@@ -24,26 +24,17 @@ if TYPE_CHECKING:
     from model.evaluation.scores import SequenceScores
     from model.imcnet import IMCNetConfig
 
-Split = Literal["train", "val"]
-
 _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
-class _DavisEntry(BaseModel):
-    name: str
-    attributes: list[str]
-
-
-class _DavisDatabase(BaseModel):
-    """What is used of DAVIS's db_info.yaml."""
-
-    sequences: list[_DavisEntry]
-
-
 def evaluate(
-    dataset: Annotated[report.Dataset, typer.Option(help="The benchmark.")],
-    root: Annotated[Path, typer.Option(help="Folder of the dataset.")],
-    split: Annotated[Split, typer.Option(help="Of DAVIS.")] = "val",
+    dataset: Annotated[Dataset, typer.Option(help="Data set. motion: rendered clips, from --root.")],
+    root: Annotated[
+        Path, typer.Option(help="Folder of the data set, unpacked or as packed for development.")
+    ],
+    split: Annotated[
+        Split, typer.Option(help="Split of DAVIS. held-out: the sequences that training leaves out.")
+    ] = "val",
     weights: WeightsOption = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:N [IMCNET_DEVICE]")] = None,
     input_size: Annotated[
@@ -52,11 +43,20 @@ def evaluate(
     quality: Annotated[
         Quality, typer.Option(help="multi_scale looks at each frame nine times, as the paper's best row.")
     ] = "exact",
+    path: Annotated[
+        SegmentationPath,
+        typer.Option(
+            help="windows: by a frame and its neighbours. still: by each frame alone, same weights."
+        ),
+    ] = "windows",
     results: Annotated[
         Path | None, typer.Option(help="Score the masks <sequence>/<frame>.png in this folder; no weights.")
     ] = None,
     save_masks: Annotated[
         Path | None, typer.Option(help="New folder for the network's masks, laid out as for --results.")
+    ] = None,
+    save_clips: Annotated[
+        Path | None, typer.Option(help="New folder for the clips of the motion set, laid out as DAVIS.")
     ] = None,
     sequences: Annotated[
         str | None, typer.Option(help="Score these only; names with commas between them.")
@@ -80,30 +80,40 @@ def evaluate(
         str | None, typer.Option(help="Compare with this row of the paper, not with the one that fits.")
     ] = None,
 ) -> None:
-    """Measure how well masks fit the annotations of a benchmark: J, F and time per frame."""
+    """Measure how well masks fit the annotations of a data set: J, F, flicker and time per frame."""
     from model.evaluation.predictions import StoredMasks
 
     if results is not None:
         _refuse({"--weights": weights, "--device": device, "--input-size": input_size}, beside="--results")
-        _refuse({"--save-masks": save_masks}, beside="--results")
+        _refuse({"--save-masks": save_masks, "--path still": path == "still"}, beside="--results")
+    if path == "still":
+        _refuse({"--quality fast": quality == "fast"}, beside="--path still")
     if dataset != "davis16":
         _refuse({"--attributes": attributes}, beside=f"--dataset {dataset}")
-    _check_paths(results, save_masks, json_file, pictures=(worst, contact_sheet))
-    listed = _list_sequences(dataset, root, split)
-    chosen = _choose(listed, sequences)
-    attributes_of = None if attributes is None else _read_attributes(attributes, chosen)
+    if dataset == "motion":
+        _refuse({"--compare-paper": compare_paper, "--paper-row": paper_row}, beside="--dataset motion")
+    else:
+        _refuse({"--save-clips": save_clips}, beside=f"--dataset {dataset}")
+    _check_paths(results, (save_masks, save_clips), json_file, pictures=(worst, contact_sheet))
+    source = open_source(dataset, root, split)
+    names = choose(source.names, sequences)
+    attributes_of = None if attributes is None else read_attributes(attributes, names)
     settings = read_settings(WorkerSettings, weights=weights, device=device, input_size=input_size)
+    if results is None:
+        require_weights(settings)
     row = None
     if compare_paper or paper_row is not None:
-        row = _choose_row(dataset, paper_row, None if results else _config(settings), quality)
+        known = results is None and path == "windows"
+        row = _choose_row(dataset, paper_row, _config(settings) if known else None, quality)
 
-    with _folder(results or save_masks) as folder:
+    with _folder(save_clips) as frames, _folder(results or save_masks) as folder:
+        chosen = source.load(names, frames)
         run = None
         if results is None:
-            run = segment_to(folder, _frames_to_segment(dataset, chosen), settings, quality)
+            run = segment_to(folder, _frames_to_segment(dataset, chosen), settings, quality, path)
         masks = StoredMasks(folder)
         if sequences is None:
-            masks.check_sequences(one.name for one in listed)
+            masks.check_sequences(source.names)
         scores = _score(dataset, chosen, masks)
         document = report.make_document(
             dataset=dataset, split=split, scores=scores, run=run, attributes_of=attributes_of, row=row
@@ -115,18 +125,23 @@ def evaluate(
 
 
 def _refuse(options: Mapping[str, object], *, beside: str) -> None:
-    if given := [name for name, value in options.items() if value is not None]:
+    if given := [name for name, value in options.items() if value is not None and value is not False]:
         raise Misconfigured(f"{given[0]} means nothing beside {beside}.")
 
 
 def _check_paths(
-    results: Path | None, save_masks: Path | None, json_file: Path | None, *, pictures: Iterable[Path | None]
+    results: Path | None,
+    new_folders: Iterable[Path | None],
+    json_file: Path | None,
+    *,
+    pictures: Iterable[Path | None],
 ) -> None:
     """Refuse before the work what would be refused after it."""
     if results is not None and not results.is_dir():
         raise Misconfigured(f"There is no folder {results}.")
-    if save_masks is not None and save_masks.exists():
-        raise Misconfigured(f"{save_masks} exists already.")
+    for folder in new_folders:
+        if folder is not None and folder.exists():
+            raise Misconfigured(f"{folder} exists already.")
     for picture in pictures:
         if picture is not None and picture.suffix.lower() not in _PICTURE_SUFFIXES:
             raise Misconfigured(f"{picture} must end in one of {', '.join(_PICTURE_SUFFIXES)}.")
@@ -135,40 +150,7 @@ def _check_paths(
             raise Misconfigured(f"There is no folder {path.parent}.")
 
 
-def _list_sequences(dataset: report.Dataset, root: Path, split: Split) -> list["VideoSequence"]:
-    from model.datasets import davis16, youtube_objects
-
-    return davis16(root, split) if dataset == "davis16" else youtube_objects(root)
-
-
-def _choose(listed: Sequence["VideoSequence"], names: str | None) -> Sequence["VideoSequence"]:
-    if names is None:
-        return listed
-    by_name = {sequence.name: sequence for sequence in listed}
-    wanted = dict.fromkeys(name.strip() for name in names.split(","))
-    if unknown := [name for name in wanted if name not in by_name]:
-        raise Misconfigured(f"No such sequence: {', '.join(unknown)}; there are {', '.join(by_name)}.")
-    return [by_name[name] for name in wanted]
-
-
-def _read_attributes(path: Path, sequences: Iterable["VideoSequence"]) -> dict[str, list[str]]:
-    import yaml
-
-    try:
-        database = _DavisDatabase.model_validate(yaml.safe_load(path.read_text()))
-    except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
-        raise Misconfigured(
-            f"{path} must list `sequences` in YAML, each with `name` and `attributes`, as DAVIS's db_info."
-        ) from error
-    attributes_of = {entry.name: entry.attributes for entry in database.sequences}
-    if missing := [one.name for one in sequences if one.name not in attributes_of]:
-        raise Misconfigured(f"{path} does not know the sequence {', '.join(missing)}.")
-    return attributes_of
-
-
-def _choose_row(
-    dataset: report.Dataset, named: str | None, config: "IMCNetConfig | None", quality: Quality
-) -> str:
+def _choose_row(dataset: Dataset, named: str | None, config: "IMCNetConfig | None", quality: Quality) -> str:
     from model.evaluation import paper
 
     rows = paper.DAVIS16_VAL if dataset == "davis16" else paper.YOUTUBE_OBJECTS
@@ -202,29 +184,29 @@ def _folder(given: Path | None) -> Iterator[Path]:
     if given is not None:
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="imcnet-masks-") as folder:
+    with tempfile.TemporaryDirectory(prefix="imcnet-evaluate-") as folder:
         yield Path(folder)
 
 
 def _frames_to_segment(
-    dataset: report.Dataset, sequences: Iterable["VideoSequence"]
+    dataset: Dataset, sequences: Iterable["VideoSequence"]
 ) -> list[tuple["VideoSequence", Sequence[int]]]:
-    """Every frame of DAVIS, as its results are exchanged; of YouTube-Objects the annotated ones."""
+    """Every frame, as the results of DAVIS are exchanged; of YouTube-Objects the annotated ones."""
     from model.evaluation import youtube_objects
 
-    if dataset == "davis16":
-        return [(one, range(len(one.frames))) for one in sequences]
-    return [(one, youtube_objects.scored_frames(one)) for one in sequences]
+    if dataset == "youtube-objects":
+        return [(one, youtube_objects.scored_frames(one)) for one in sequences]
+    return [(one, range(len(one.frames))) for one in sequences]
 
 
 def _score(
-    dataset: report.Dataset, sequences: Iterable["VideoSequence"], masks: "StoredMasks"
+    dataset: Dataset, sequences: Iterable["VideoSequence"], masks: "StoredMasks"
 ) -> tuple["SequenceScores", ...]:
     from tqdm import tqdm
 
     from model.evaluation import davis, youtube_objects
 
-    score = davis.score_sequence if dataset == "davis16" else youtube_objects.score_sequence
+    score = youtube_objects.score_sequence if dataset == "youtube-objects" else davis.score_sequence
     return tuple(score(masks, one) for one in tqdm(sequences, desc="Scoring", unit="video", disable=None))
 
 

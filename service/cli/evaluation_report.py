@@ -7,13 +7,14 @@ from statistics import fmean
 from typing import Any, Literal
 
 from model.evaluation import davis, paper, youtube_objects
-from model.evaluation.scores import Figures, SequenceScores, by_attribute, j_by_category
+from model.evaluation.scores import Figures, SequenceScores, by_attribute, by_category, j_by_category
+from model.held_out import HELD_OUT_SEQUENCES
+from service.cli.evaluation_data import Dataset, Split
 from service.cli.evaluation_run import Run
 
-Dataset = Literal["davis16", "youtube-objects"]
 Document = dict[str, Any]
 
-_TITLES = {"davis16": "DAVIS-2016", "youtube-objects": "YouTube-Objects"}
+_TITLES = {"davis16": "DAVIS-2016", "motion": "Motion set", "youtube-objects": "YouTube-Objects"}
 _FIGURES = {
     "j_mean": "J mean",
     "j_recall": "recall",
@@ -22,13 +23,17 @@ _FIGURES = {
     "f_recall": "recall",
     "f_decay": "decay",
     "jf_mean": "J&F",
+    "flicker": "flicker",
+    "truth_flicker": "of truth",
 }
+_WHOLE = {**davis.SEQUENCES, "held-out": len(HELD_OUT_SEQUENCES)}
+_CLIPS = 15  # of the motion set
 
 
 def make_document(
     *,
     dataset: Dataset,
-    split: str,
+    split: Split,
     scores: Sequence[SequenceScores],
     run: Run | None,
     attributes_of: Mapping[str, Sequence[str]] | None,
@@ -37,7 +42,7 @@ def make_document(
     """Gather all figures, as fractions of 1.
 
     Args:
-        split: Of DAVIS.
+        split: Split of DAVIS.
         run: None if the masks were given.
         attributes_of: The attributes of each sequence of DAVIS, by its name.
         row: Row of the paper to compare with.
@@ -45,10 +50,12 @@ def make_document(
     document: Document = {"dataset": dataset, **({} if run is None else _about_the_run(run))}
     if dataset == "davis16":
         document |= {"split": split, **_davis_figures(scores, attributes_of)}
-        # On YouTube-Objects a mask pays for a context that it shares with none.
-        document["seconds_per_frame"] = None if run is None else run.seconds_per_mask
+    elif dataset == "motion":
+        document |= {**_davis_figures(scores, None), "kinds": _by_group(by_category(scores))}
     else:
         document |= _youtube_objects_figures(scores)
+    if dataset != "youtube-objects":  # where a mask pays for a context that it shares with none
+        document["seconds_per_frame"] = None if run is None else run.seconds_per_mask
     if row is not None:
         document["paper"] = {"row": row, **_paper_figures(dataset, row)}
     document["notes"] = [*_notes_on_the_scores(document), *_notes_on_the_comparison(document)]
@@ -67,6 +74,8 @@ def render(document: Document) -> str:
         attributes = document["attributes"].items()
         rows = {f"{name} {davis.ATTRIBUTES.get(name, '')}": figures for name, figures in attributes}
         paragraphs.append(_figures_table(rows, count="sequences"))
+    if "kinds" in document:
+        paragraphs.append(_figures_table({**document["kinds"], "mean": mean}, count="sequences"))
     if "classes" in document:
         paragraphs.append(_figures_table({**document["classes"], "mean": mean}, count="sequences"))
     if "paper" in document:
@@ -87,6 +96,7 @@ def _about_the_run(run: Run) -> Document:
         "hardware": run.hardware,
         "input_size": run.input_size,
         "quality": run.quality,
+        "path": run.path,
     }
 
 
@@ -94,12 +104,15 @@ def _davis_figures(
     scores: Sequence[SequenceScores], attributes_of: Mapping[str, Sequence[str]] | None
 ) -> Document:
     groups = {} if attributes_of is None else by_attribute(scores, attributes_of)
-    by_group = {name: {"sequences": len(group), **_figures(group)} for name, group in groups.items()}
     return {
         **_figures(scores),
         "sequences": {one.name: {"frames": len(one.frames), **_figures([one])} for one in scores},
-        **({"attributes": by_group} if groups else {}),
+        **({"attributes": _by_group(groups)} if groups else {}),
     }
+
+
+def _by_group(groups: Mapping[str, Sequence[SequenceScores]]) -> Document:
+    return {name: {"sequences": len(group), **_figures(group)} for name, group in groups.items()}
 
 
 def _youtube_objects_figures(scores: Sequence[SequenceScores]) -> Document:
@@ -122,6 +135,8 @@ def _figures(scores: Sequence[SequenceScores]) -> dict[str, float]:
         "f_recall": figures.f.recall,
         "f_decay": figures.f.decay,
         "jf_mean": figures.jf_mean,
+        "flicker": figures.flicker,
+        "truth_flicker": figures.truth_flicker,
     }
 
 
@@ -137,8 +152,10 @@ def _notes_on_the_scores(document: Document) -> Iterator[str]:
         yield "the weights are random, not trained: these figures mean nothing."
     if document["dataset"] == "youtube-objects":
         part, whole, what = len(document["classes"]), youtube_objects.CLASSES, "classes"
+    elif document["dataset"] == "motion":
+        part, whole, what = len(document["sequences"]), _CLIPS, "clips"
     else:
-        part, whole, what = len(document["sequences"]), davis.SEQUENCES[document["split"]], "sequences"
+        part, whole, what = len(document["sequences"]), _WHOLE[document["split"]], "sequences"
     if part < whole:
         yield f"{part} of the {whole} {what} were scored; published figures are those of all."
 
@@ -165,8 +182,8 @@ def _describe_run(document: Document) -> str:
     weights, seconds = document["weights"], document.get("seconds_per_frame")
     return (
         f"{weights['name']}, SHA-256 {weights['sha256']}\n"
-        f"{document['quality']}, input size {document['input_size']}, on {document['device']} "
-        f"({document['hardware']})"
+        f"{document['quality']}, {document['path']}, input size {document['input_size']}, "
+        f"on {document['device']} ({document['hardware']})"
         + ("" if seconds is None else f": {seconds:.3f} s a frame, without reading it")
     )
 

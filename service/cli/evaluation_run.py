@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from service.cli.settings import require_weights
 from service.jobs import Quality
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
     import torch
 
     from model.datasets import VideoSequence
+    from model.segmenter import Segmenter
     from model.weights import WeightsInfo
+
+SegmentationPath = Literal["windows", "still"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,7 @@ class Run:
     hardware: str
     input_size: int
     quality: Quality
+    path: SegmentationPath
     seconds_per_mask: float
 
 
@@ -40,6 +44,7 @@ def segment_to(
     sequences: Sequence[tuple["VideoSequence", Sequence[int]]],
     settings: WorkerSettings,
     quality: Quality,
+    path: SegmentationPath,
 ) -> Run:
     """Write the network's masks of the frames named beside each sequence, laid out as ``StoredMasks`` reads.
 
@@ -49,19 +54,11 @@ def segment_to(
     """
     from tqdm import tqdm
 
-    from model.engines import load_segmenter
     from model.evaluation.predictions import SegmentedMasks, StoredMasks
     from model.weights import file_sha256, read_info
 
     weights = require_weights(settings)
-    segmenter = load_segmenter(
-        weights,
-        quality,
-        device=settings.device,
-        input_size=settings.input_size,
-        exact_backend=settings.exact_backend,
-        graphs=settings.graphs,
-    )
+    segmenter = _load_segmenter(weights, settings, quality, path)
     masks, stored = SegmentedMasks(segmenter, quality=quality), StoredMasks(folder)
     total = sum(len(frames) for _, frames in sequences)
     with tqdm(total=total, desc="Segmenting", unit="frame", disable=None) as bar:
@@ -76,7 +73,25 @@ def segment_to(
         hardware=_hardware(segmenter.device),
         input_size=segmenter.input_size,
         quality=quality,
+        path=path,
         seconds_per_mask=masks.seconds_per_mask,
+    )
+
+
+def _load_segmenter(
+    weights: Path, settings: WorkerSettings, quality: Quality, path: SegmentationPath
+) -> "Segmenter":
+    from model.engines import load_segmenter, load_still_segmenter
+
+    if path == "still":
+        return load_still_segmenter(weights, device=settings.device, input_size=settings.input_size)
+    return load_segmenter(
+        weights,
+        quality,
+        device=settings.device,
+        input_size=settings.input_size,
+        exact_backend=settings.exact_backend,
+        graphs=settings.graphs,
     )
 
 

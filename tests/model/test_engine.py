@@ -6,7 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from model.backbone import BackboneName
-from model.engine import TorchEngine, convolutions, fold_batch_norms, maps_of, merge_frames, split_frames
+from model.engine import (
+    StillEngine,
+    TorchEngine,
+    convolutions,
+    fold_batch_norms,
+    maps_of,
+    merge_frames,
+    split_frames,
+)
 from model.imcnet import IMCNet, Variant, foreground_probability
 from model.preprocess import normalise
 
@@ -43,6 +51,21 @@ def test_in_float64_the_engine_computes_the_plain_forward(
     assert torch.equal(probability >= 0.5, expected >= 0.5)
     assert (probability - expected).abs().max() <= 1e-7
     assert expected.std() > 0.1  # there is something to see
+
+
+@pytest.mark.parametrize("variant", ["full", "no_key_encoder", "fpn"])
+def test_the_still_engine_segments_each_middle_frame_by_itself(
+    make_network: Callable[..., IMCNet], variant: Variant
+) -> None:
+    network = make_network(variant=variant).double()
+    engine = StillEngine(network, device=CPU)
+    images = images_of(4)
+    frames = [frame for image in images for frame in engine.encode(image.unsqueeze(0))]
+    probabilities = engine.decode([frames[:3], [frames[3]]])
+    with torch.inference_mode():
+        logits = network.segment_image(normalise(images[[1, 3]], torch.float64)).logits
+    torch.testing.assert_close(probabilities, foreground_probability(logits), rtol=0, atol=1e-7)
+    assert probabilities.std() > 0.01  # there is something to see
 
 
 def test_a_batch_computes_what_its_entries_do(network64: IMCNet) -> None:

@@ -1,8 +1,34 @@
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
-from model.engines import trying_out
+from model.engines import load_still_segmenter, trying_out
 from model.errors import DeviceError, EngineUnavailable
+from model.imcnet import IMCNet
+from model.weights import WeightsInfo, save_weights
+
+
+def test_masks_of_the_still_path_do_not_depend_on_other_frames(
+    make_network: Callable[..., IMCNet],
+    make_frames: Callable[..., list[NDArray[np.uint8]]],
+    tmp_path: Path,
+) -> None:
+    network = make_network()
+    info = WeightsInfo("test", network.config, trained=False, provenance="made for a test", licence="MIT")
+    save_weights(tmp_path / "w.safetensors", network, info)
+    segmenter = load_still_segmenter(tmp_path / "w.safetensors", device="cpu", input_size=64)
+    frames = make_frames(3)
+    together = list(segmenter.segment(frames))
+    alone = [mask for frame in frames for mask in segmenter.segment([frame])]
+    assert all(map(np.array_equal, together, alone))
+    assert 0 < np.mean(together) < 1  # there is something to see
+    assert len(list(segmenter.segment(frames[:1], quality="multi_scale"))) == 1
+    with pytest.raises(EngineUnavailable, match="fast"):
+        segmenter.segment(frames, quality="fast")
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,16 @@
 """`imcnet evaluate` as a user meets it: a dataset, weights or masks in; tables, JSON and pictures out."""
 
 import json
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from model.evaluation.motion_set import BACKGROUND_SEQUENCES
+from model.held_out import held_out_stills
+from tests.packed_data import pack_motion_data, pack_sequence
 from tests.sequences import HEIGHT, WIDTH, square, write_sequence
 from tests.service.test_cli import error_of, imcnet
 
@@ -55,9 +59,10 @@ def test_masks_that_anyone_made_are_scored(davis: Path, results: Path, tmp_path:
     )
     assert done.returncode == 0, done.stderr
     table = [line.split() for line in done.stdout.splitlines()]
-    assert ["dog", "3", "100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0"] in table
-    assert ["mean", "50.0", "50.0", "0.0", "50.0", "50.0", "0.0", "50.0"] in table
-    assert ["DEF", "deformation", "1", "100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0"] in table
+    all_right = ["100.0", "100.0", "0.0", "100.0", "100.0", "0.0", "100.0", "18.2", "18.2"]
+    assert ["dog", "3", *all_right] in table
+    assert ["mean", "50.0", "50.0", "0.0", "50.0", "50.0", "0.0", "50.0", "9.1", "18.2"] in table
+    assert ["DEF", "deformation", "1", *all_right] in table
     assert ["J", "mean", "50.0", "81.4", "-31.4"] in table
     assert "2 of the 20 sequences" in done.stdout
 
@@ -71,9 +76,13 @@ def test_masks_that_anyone_made_are_scored(davis: Path, results: Path, tmp_path:
         "f_decay": 0,
         "jf_mean": 1,
     }
-    assert document["sequences"]["dog"] == {"frames": 3, **perfect}
-    assert document["sequences"]["bus"] == {"frames": 3, **dict.fromkeys(perfect, 0)}
+    change = pytest.approx(1 - 9 / 11)  # of a square of 10 pixels that moves by one
+    of_the_dog = {**perfect, "flicker": change, "truth_flicker": change}
+    assert document["sequences"]["dog"] == {"frames": 3, **of_the_dog}
+    of_the_bus = {**dict.fromkeys(perfect, 0), "flicker": 0, "truth_flicker": change}
+    assert document["sequences"]["bus"] == {"frames": 3, **of_the_bus}
     assert {key: document[key] for key in perfect} == {key: value / 2 for key, value in perfect.items()}
+    assert document["flicker"] == pytest.approx(document["truth_flicker"] / 2)
     assert document["attributes"]["OCC"]["sequences"] == 2
     assert document["paper"] == {"row": "l3", "j_mean": 0.814, "f_mean": 0.801}
     assert (document["dataset"], document["split"], document["seconds_per_frame"]) == ("davis16", "val", None)
@@ -109,6 +118,54 @@ def test_a_network_is_scored_and_its_masks_are_results(
     again = imcnet(*arguments, "--results", tmp_path / "masks", "--json", tmp_path / "second.json")
     assert again.returncode == 0, again.stderr
     assert json.loads((tmp_path / "second.json").read_text())["sequences"] == document["sequences"]
+
+
+def test_clips_of_the_motion_set_are_scored_by_kind_on_the_still_path(
+    untrained_weights: Path, tmp_path: Path
+) -> None:
+    pack_motion_data(tmp_path / "data", names=BACKGROUND_SEQUENCES, stills=held_out_stills())
+    done = imcnet(
+        *("evaluate", "--dataset", "motion", "--root", tmp_path / "data", "--sequences", "crowd-2,plain-1"),
+        *("--weights", untrained_weights, "--input-size", 64, "--device", "cpu", "--path", "still"),
+        *("--save-clips", tmp_path / "clips", "--save-masks", tmp_path / "masks"),
+        *("--json", tmp_path / "figures.json", "--worst", tmp_path / "worst.jpg"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Motion set, in percent")
+    assert "exact, still, input size 64" in done.stdout
+    assert "2 of the 15 clips were scored" in done.stdout
+
+    document = json.loads((tmp_path / "figures.json").read_text())
+    assert (document["dataset"], document["path"]) == ("motion", "still")
+    assert document["seconds_per_frame"] > 0
+    assert list(document["kinds"]) == ["crowd", "plain"]
+    assert document["kinds"]["crowd"] == {
+        "sequences": 1,
+        **{key: value for key, value in document["sequences"]["crowd-2"].items() if key != "frames"},
+    }
+    assert document["sequences"]["plain-1"]["frames"] == 11
+    assert document["sequences"]["plain-1"]["truth_flicker"] > 0
+    assert len(list((tmp_path / "clips" / "JPEGImages" / "480p" / "crowd-2").iterdir())) == 13
+    assert len(list((tmp_path / "masks" / "plain-1").iterdir())) == 13
+
+
+def test_the_held_out_sequences_are_scored_from_packed_data(tmp_path: Path) -> None:
+    for folder, name in {"davis16/train": "car-turn", "sequences": "clip-gym-man"}.items():
+        archive = pack_sequence(tmp_path / "data" / folder, name).with_suffix(".masks.zip")
+        pack_sequence(tmp_path / "data" / folder, "bear")
+        with zipfile.ZipFile(archive) as truth:
+            truth.extractall(tmp_path / "results" / name)
+    done = imcnet(
+        *("evaluate", "--dataset", "davis16", "--root", tmp_path / "data", "--split", "held-out"),
+        *("--results", tmp_path / "results", "--json", tmp_path / "figures.json"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "2 of the 9 sequences were scored" in done.stdout
+    document = json.loads((tmp_path / "figures.json").read_text())
+    assert {name: row["j_mean"] for name, row in document["sequences"].items()} == {
+        "car-turn": 1,
+        "clip-gym-man": 1,
+    }
 
 
 def test_youtube_objects_is_scored_by_class(tmp_path: Path) -> None:
@@ -159,6 +216,9 @@ def test_youtube_objects_is_scored_by_class(tmp_path: Path) -> None:
         (("--results", ".", "--attributes", "notes.txt"), "notes.txt must list `sequences`"),
         (("--save-masks", "."), ". exists already"),
         (("--weights", "missing.safetensors"), "no weights file missing.safetensors"),
+        (("--results", ".", "--path", "still"), "--path still means nothing beside --results"),
+        (("--path", "still", "--quality", "fast"), "--quality fast means nothing beside --path still"),
+        (("--save-clips", "clips"), "--save-clips means nothing beside --dataset davis16"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_the_work(

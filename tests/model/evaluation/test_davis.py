@@ -34,6 +34,22 @@ def test_of_two_frames_nothing_is_left_to_score(tmp_path: Path) -> None:
         score_sequence(GivenMasks([square(0)] * 2), write_sequence(tmp_path, [square(0)] * 2))
 
 
+def test_flicker_is_the_change_between_neighbouring_scored_frames(tmp_path: Path) -> None:
+    predictions = GivenMasks([square(40), square(0), square(5), square(5), square(40)])
+    truth = write_sequence(tmp_path, [square(40), square(0), square(1), square(11), square(40)])
+    scores = score_sequence(predictions, truth)
+    assert scores.flicker == pytest.approx((1 - 50 / 150, 0))
+    assert scores.truth_flicker == pytest.approx((1 - 90 / 110, 1))
+
+
+def test_masks_that_stay_empty_do_not_flicker_and_one_that_vanishes_does(tmp_path: Path) -> None:
+    empty = np.zeros_like(square(0))
+    sequence = write_sequence(tmp_path, [square(0), empty, empty, square(0), square(0)])
+    scores = score_sequence(GivenMasks([empty, square(0), empty, empty, empty]), sequence)
+    assert scores.flicker == (1, 0)
+    assert scores.truth_flicker == (0, 1)
+
+
 def test_the_mean_j_counts_each_sequence_once(tmp_path: Path) -> None:
     long = write_sequence(tmp_path, [square(0)] * 7, name="long")
     short = write_sequence(tmp_path, [square(20)] * 3, name="short")

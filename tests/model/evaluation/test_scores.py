@@ -1,6 +1,13 @@
 import pytest
 
-from model.evaluation.scores import Figures, SequenceScores, Statistics, by_attribute, j_by_category
+from model.evaluation.scores import (
+    Figures,
+    SequenceScores,
+    Statistics,
+    by_attribute,
+    by_category,
+    j_by_category,
+)
 
 
 def scores(name: str, *j: float, f: tuple[float, ...] = (), category: str | None = None) -> SequenceScores:
@@ -37,6 +44,12 @@ def test_a_sequence_counts_once_whatever_its_length() -> None:
     assert (figures.j.recall, figures.f.recall) == (0.5, 0.5)
 
 
+def test_flicker_counts_a_sequence_once_and_one_of_a_single_scored_frame_has_none() -> None:
+    pair = SequenceScores("pair", None, (1, 2, 3), (1.0,) * 3, (1.0,) * 3, (0.2, 0.4), (0.1, 0.1))
+    figures = Figures.of([pair, scores("single", 1.0, f=(1.0,))])
+    assert (figures.flicker, figures.truth_flicker) == pytest.approx((0.15, 0.05))
+
+
 def test_there_are_no_statistics_of_nothing() -> None:
     with pytest.raises(ValueError, match="no frames"):
         Statistics.of([])
@@ -52,6 +65,13 @@ def test_a_sequence_stands_under_each_of_its_attributes() -> None:
 def test_a_sequence_without_known_attributes_is_named() -> None:
     with pytest.raises(ValueError, match="dog"):
         by_attribute([scores("dog", 0.5)], {})
+
+
+def test_sequences_are_grouped_by_class_in_the_order_in_which_they_come() -> None:
+    crowd, plain, other = (scores(name, 1.0, category=kind) for name, kind in ("ac", "bp", "cc"))
+    assert by_category([crowd, plain, other]) == {"c": [crowd, other], "p": [plain]}
+    with pytest.raises(ValueError, match="dog"):
+        by_category([scores("dog", 0.5)])
 
 
 def test_a_class_is_the_mean_over_its_sequences_not_over_their_frames() -> None:
