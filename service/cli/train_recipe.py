@@ -44,9 +44,8 @@ def train_recipe(
     Raises:
         Misconfigured: There is no such recipe or folder, a value is not allowed, or torchrun starts this.
     """
-    from model.training.packed import PackedData
-
     from model.segmenter import resolve_device
+    from model.training.packed import PackedData
     from model.training.recipe import SUMMARY_NAME, RecipeData, RecipeRun, phases_from
     from model.training.sources import held_out_windows, packed_sources
     from model.training.trainer import BEST_NAME
