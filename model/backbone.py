@@ -1,7 +1,7 @@
 """The backbone under the network, one image to four maps; the ResNets; the weights to start from."""
 
 from pathlib import Path
-from typing import Literal, TypeGuard, get_args
+from typing import Literal, get_args
 from urllib.error import URLError
 
 from safetensors import SafetensorError, safe_open
@@ -22,16 +22,14 @@ BackboneName = Literal[
 
 def build_backbone(name: BackboneName) -> "ResNetPyramid | EfficientNetPyramid":
     """Build a backbone, randomly initialised: RGB images ``(B, 3, H, W)`` to a ``Pyramid``."""
-    return EfficientNetPyramid(name) if _is_efficientnet(name) else ResNetPyramid(name)
+    if name == "efficientnet_lite0" or name == "efficientnet_lite2":
+        return EfficientNetPyramid(name)
+    return ResNetPyramid(name)
 
 
 def imagenet_normalisation(name: BackboneName) -> Normalisation:
     """How images were normalised where the backbone's ImageNet weights were trained."""
-    return "centred" if _is_efficientnet(name) else "imagenet"
-
-
-def _is_efficientnet(name: BackboneName) -> TypeGuard[EfficientNetName]:
-    return name in get_args(EfficientNetName)
+    return "centred" if name in get_args(EfficientNetName) else "imagenet"
 
 
 class ResNetPyramid(nn.Module):
@@ -95,7 +93,7 @@ def load_backbone(backbone: nn.Module, name: BackboneName, source: Path | Litera
 
 
 def _imagenet(name: BackboneName) -> dict[str, Tensor]:
-    if _is_efficientnet(name):
+    if name == "efficientnet_lite0" or name == "efficientnet_lite2":
         return imagenet_tensors(name)
     try:
         state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)

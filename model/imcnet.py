@@ -21,7 +21,7 @@ from model.backbone import build_backbone
 from model.config import IMCNetConfig as IMCNetConfig
 from model.config import Variant as Variant
 from model.deform import DeformableConv
-from model.layers import Residual, conv1x1, conv3x3, enlarge, pool, resize, widened
+from model.layers import Residual, conv1x1, conv3x3, enlarge, pool, resize, widen
 from model.motion_cue import CUE_CHANNELS, MotionCue
 from model.pyramid import Pyramid, PyramidWhitening
 
@@ -468,8 +468,8 @@ class SpatialAttention(nn.Module):
 
     def take_cue(self) -> None:
         """Let ``features`` and ``attention`` take the cue's channels too, without effect at first."""
-        self.features = widened(self.features, CUE_CHANNELS)
-        self.attention = widened(self.attention, CUE_CHANNELS)
+        widen(self.features, CUE_CHANNELS)
+        widen(self.attention, CUE_CHANNELS)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Args: weighted frames, ``(B, T * C, h, w)``, h and w multiples of 4. Returns ``(B, C, h, w)``."""

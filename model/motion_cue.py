@@ -147,14 +147,14 @@ def correlate(reference: Tensor, others: Tensor) -> Tensor:
         Sums over channels, ``(N, (2R + 1)^2, h, w)``: displacements from ``reference`` to ``others`` in y,
         then x, from -R to R.
     """
-    _, _, height, width = reference.shape
+    count, _, height, width = reference.shape
     reach = width + 2 * RADIUS
     padded = functional.pad(others, (RADIUS,) * 4).permute(0, 2, 1, 3)
     rows = torch.stack([padded[:, shift : shift + height] for shift in range(_DIAMETER)], dim=3)
     products = reference.permute(0, 2, 3, 1) @ rows.flatten(3)  # (N, h, w, (2R + 1) (w + 2R))
     # Pixel x needs columns x to x + 2R: in lines that are one longer, they stand below each other.
-    upright = functional.pad(products.flatten(2), (0, width)).unflatten(2, (width, _DIAMETER * reach + 1))
-    band = upright[..., :-1].unflatten(3, (_DIAMETER, reach))[..., :_DIAMETER]
+    upright = functional.pad(products.flatten(2), (0, width)).view(count, height, width, -1)
+    band = upright[..., :-1].view(count, height, width, _DIAMETER, reach)[..., :_DIAMETER]
     return band.permute(0, 3, 4, 1, 2).flatten(1, 2)
 
 
@@ -165,7 +165,7 @@ def expected_flow(correlation: Tensor) -> tuple[Tensor, Tensor]:
     displacements = torch.stack([x.flatten(), y.flatten()])  # (2, (2R + 1)^2)
     moments = torch.cat([displacements, displacements.square().sum(0, keepdim=True)])
     probability = torch.softmax(correlation * SHARPNESS, dim=1)
-    means = (moments @ probability.flatten(2)).unflatten(2, correlation.shape[-2:])
+    means = (moments @ probability.flatten(2)).view(-1, 3, *correlation.shape[-2:])
     flow, squares = means.split([2, 1], dim=1)
     variance = (squares - flow.square().sum(1, keepdim=True)).clamp(min=0)
     return flow, 1 / (1 + variance)

@@ -1,7 +1,7 @@
 """The four maps of a frame that a backbone gives, and their whitening."""
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -80,8 +80,9 @@ class PyramidWhitening(nn.Module):
         Raises:
             ValueError: There are none.
         """
-        counts = [0] * len(self.levels)
-        sums = [torch.zeros(2, len(level.mean), dtype=torch.float64) for level in self.levels]
+        levels = cast("list[Whitening]", list(self.levels))
+        counts = [0] * len(levels)
+        sums = [torch.zeros(2, len(level.mean), dtype=torch.float64) for level in levels]
         for pyramid in pyramids:
             for place, maps in enumerate(pyramid):
                 values = maps.double().cpu()
@@ -89,7 +90,7 @@ class PyramidWhitening(nn.Module):
                 sums[place] += torch.stack([values.sum((0, 2, 3)), values.square().sum((0, 2, 3))])
         if not all(counts):
             raise ValueError("whitening needs at least one pyramid to measure its statistics")
-        for level, count, (total, squares) in zip(self.levels, counts, sums, strict=True):
+        for level, count, (total, squares) in zip(levels, counts, sums, strict=True):
             mean = total / count
             level.mean.copy_(mean)
             level.variance.copy_((squares / count - mean.square()).clamp(min=0))

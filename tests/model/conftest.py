@@ -68,7 +68,7 @@ def _use_options(network: IMCNet) -> None:
     if network.cue is not None:
         for conv in (network.compensation.spatial.features, network.compensation.spatial.attention):
             conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
-    if network.affinity.blend is not None:
+    if network.config.affinity_blend:
         network.affinity.blend.fill_(0.3)
 
 

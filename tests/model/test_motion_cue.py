@@ -7,7 +7,7 @@ from torch.nn import functional
 
 from model.config import IMCNetConfig
 from model.imcnet import IMCNet
-from model.layers import widened
+from model.layers import widen
 from model.motion_cue import (
     CUE_CHANNELS,
     RADIUS,
@@ -138,12 +138,15 @@ def test_the_cue_learns_and_its_input_does_not() -> None:
 # -- within the network ----------------------------------------------------------------------------------
 
 
-def test_widened_convolutions_ignore_what_they_take_in_addition() -> None:
+def test_a_widened_convolution_ignores_what_it_takes_in_addition() -> None:
     conv = torch.nn.Conv2d(5, 7, 1)
-    wider = widened(conv, 3)
     maps = _random(2, 8, 4, 4)
-    torch.testing.assert_close(wider(maps), conv(maps[:, :5]))
-    assert not wider.weight[:, 5:].any()
+    expected = conv(maps[:, :5])
+    widen(conv, 3)
+    torch.testing.assert_close(conv(maps), expected)
+    conv(maps).sum().backward()
+    assert conv.weight.grad is not None
+    assert conv.weight.grad[:, 5:].any()
 
 
 def _built(**options: bool) -> IMCNet:
