@@ -28,7 +28,7 @@ _ASPECTS = (1.0, 1.8)  # of frames, before they are squeezed to squares
 _EXTENTS = (0.13, 0.6)  # of things: root of their area, in sides of the frame
 _SPEEDS = (0.015, 0.13)  # of a thing across the background, in sides a step: as DAVIS moves at stride 4
 _EXPOSURES = (0.1, 0.3)  # steps for which the shutter is open, where motion blurs
-_CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
+CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
 _LEAST = 0.004  # share of the frame in the middle that must be foreground
 _TRIES = 3
 
@@ -81,6 +81,7 @@ class MotionComposites:
         cutouts: Objects with true alpha.
         backgrounds: Pictures to serve as backgrounds only, and how likely each source is; stills besides take
             a quarter.
+        camera: Colours, blur and noise of the finished frames.
 
     Raises:
         ValueError: There are no stills, no cut-outs or no backgrounds, or ``num_frames`` is not odd and
@@ -95,10 +96,11 @@ class MotionComposites:
         *,
         num_frames: int,
         mix: MotionMix = MotionMix(),
+        camera: Augmentation = CAMERA,
     ) -> None:
         if not len(stills) or not len(cutouts) or not sum(len(source) for source, _ in backgrounds):
             raise ValueError("motion composites need stills, cut-outs and backgrounds")
-        self._stills, self._cutouts, self._mix = stills, cutouts, mix
+        self._stills, self._cutouts, self._mix, self._camera = stills, cutouts, mix, camera
         self._backgrounds = [source for source, _ in backgrounds]
         weights = np.array([weight for _, weight in backgrounds])
         self._weights = weights / weights.sum()
@@ -164,7 +166,7 @@ class MotionComposites:
             frames = flicker(frames, rng)
         if rng.random() < self._mix.shadow:
             frames = pass_shadow(frames, rng)
-        return _CAMERA.degrade(_CAMERA.recolour(frames, rng), rng)
+        return self._camera.degrade(self._camera.recolour(frames, rng), rng)
 
     def _rest(self, scene: Scene, rng: np.random.Generator, size: int, count: int) -> None:
         for _ in range(count):
