@@ -217,8 +217,8 @@ class SequenceWindows:
         return sum(len(video) for video in self._pictures.videos)
 
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
-        video = self._pictures.videos[rng.integers(len(self._pictures.videos))]
-        layout = self._layouts[rng.integers(len(self._layouts))]
+        video = self._pictures.videos[int(rng.integers(len(self._pictures.videos)))]
+        layout = self._layouts[int(rng.integers(len(self._layouts)))]
         places = layout.indices(int(rng.integers(len(video))), last=len(video) - 1)
         if rng.random() < self._reversal:
             places = places[::-1]

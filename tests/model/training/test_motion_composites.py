@@ -134,8 +134,8 @@ def test_the_mask_is_what_moves_against_the_background(kind: str, render: Render
     movers = [motion for motion in moving if motion is not None]
     assert len(movers) >= 6
     assert np.median(movers) > 0.02
-    # What rests is partly hidden by what moves, so its middle is not exact.
-    assert np.median([motion for motion in resting if motion is not None] or [0]) < 0.012
+    # Not 0: what rests is partly hidden by what moves, and near things pass faster than far ones.
+    assert np.median([motion for motion in resting if motion is not None] or [0]) < 0.5 * np.median(movers)
 
 
 @pytest.mark.parametrize("kind", ["resting", "rippling"])
