@@ -27,7 +27,9 @@ _GAP = 6
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="Development data, as packed.")
-    parser.add_argument("--cache", type=Path, default=Path("cache"), help="Picture cache. Default: cache.")
+    parser.add_argument(
+        "--cache", type=Path, default=Path("runs/cache"), help="Picture cache. Default: runs/cache."
+    )
     parser.add_argument("--side", type=int, default=416, help="Side of the cache's pictures. Default: 416.")
     parser.add_argument("--size", type=int, default=224, help="Side of a frame. Default: 224.")
     parser.add_argument("--rows", type=int, default=3, help="Rows of each kind. Default: 3.")

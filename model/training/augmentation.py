@@ -10,32 +10,8 @@ from torch.nn import functional
 
 from model.training.pictures import Picture, PictureSource
 from model.training.samples import Sample
+from model.training.warping import HANDHELD, Camera, warp
 from model.windows import WindowLayout
-
-
-@dataclass(frozen=True)
-class Camera:
-    """Moves the frames of a window against each other, as a hand does that holds a camera.
-
-    Args:
-        still: Probability that nothing moves.
-        pan: Standard deviation of the steady motion a frame, in half sides; it turns and zooms a little, too.
-        shake: Standard deviation of the unsteady motion, in half sides.
-    """
-
-    still: float = 0.25
-    pan: float = 0.03
-    shake: float = 0.006
-
-    def path(self, frames: int, aspect: float, rng: np.random.Generator) -> list[Tensor]:
-        """For each frame, an affine map of sample places, homogeneous: ``(3, 3)``."""
-        if rng.random() < self.still:
-            return [torch.eye(3)] * frames
-        times = np.arange(frames)[:, None] - (frames - 1) / 2
-        # x, y, angle, magnification
-        steady = rng.normal(0, [self.pan, self.pan, self.pan / 2, self.pan / 2])
-        unsteady = rng.normal(0, [self.shake, self.shake, self.shake / 2, self.shake / 2], size=(frames, 4))
-        return [_affine(*place, aspect=aspect) for place in times * steady + unsteady]
 
 
 @dataclass(frozen=True)
@@ -82,11 +58,11 @@ class Augmentation:
         stack = torch.stack([picture.pixels for picture in pictures]).float()
         placement = self._placement(pictures[0].aspect, rng)
         if camera is None:
-            warped = _warp(stack, placement, size)
+            warped = warp(stack, placement, size)
         else:
             places = [placement @ moved for moved in camera.path(len(pictures), pictures[0].aspect, rng)]
             warped = torch.cat(
-                [_warp(one.unsqueeze(0), place, size) for one, place in zip(stack, places, strict=True)]
+                [warp(one.unsqueeze(0), place, size) for one, place in zip(stack, places, strict=True)]
             )
         frames = warped[:, :3]
         soft = torch.tensor([picture.soft for picture in pictures]).view(-1, 1, 1)
@@ -217,8 +193,8 @@ class SequenceWindows:
         return sum(len(video) for video in self._pictures.videos)
 
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
-        video = self._pictures.videos[rng.integers(len(self._pictures.videos))]
-        layout = self._layouts[rng.integers(len(self._layouts))]
+        video = self._pictures.videos[int(rng.integers(len(self._pictures.videos)))]
+        layout = self._layouts[int(rng.integers(len(self._layouts)))]
         places = layout.indices(int(rng.integers(len(video))), last=len(video) - 1)
         if rng.random() < self._reversal:
             places = places[::-1]
@@ -238,7 +214,7 @@ class StillWindows:
         *,
         num_frames: int,
         augmentation: Augmentation = STRONG,
-        camera: Camera = Camera(),
+        camera: Camera = HANDHELD,
     ) -> None:
         self._pictures = pictures
         self._num_frames = num_frames
@@ -267,14 +243,6 @@ class Stills:
         return self._augmentation.apply([self._pictures.read(index, size)], rng, size)
 
 
-def _affine(x: float, y: float, angle: float, growth: float, *, aspect: float) -> Tensor:
-    """Shift, turn and zoom places by little, in a picture's own proportions; homogeneous, ``(3, 3)``."""
-    cosine, sine = np.exp(-growth) * np.cos(angle), np.exp(-growth) * np.sin(angle)
-    return torch.tensor(
-        [[cosine, -sine / aspect, x], [sine * aspect, cosine, y], [0, 0, 1]], dtype=torch.float32
-    )
-
-
 def _lose_detail(frames: Tensor, factor: float) -> Tensor:
     size = frames.shape[-1]
     smaller = functional.interpolate(frames, [round(size / factor)] * 2, mode="bilinear", antialias=True)
@@ -294,14 +262,3 @@ def _occlude(frames: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[T
     if (2 * seen.sum(dim=(1, 2)) < masks.sum(dim=(1, 2))).any():
         return frames, masks
     return torch.where(inside, colour, frames), seen
-
-
-def _warp(stack: Tensor, placement: Tensor, size: int) -> Tensor:
-    """Sample pictures, ``(N, C, side, side)``, at an affine grid: ``(N, C, size, size)``."""
-    source_pixels = stack.shape[-1] / size * float(placement[:, :2].square().sum(dim=1).sqrt().min())
-    if source_pixels >= 2:  # per pixel of the sample: too many for bilinear sampling, which sees two
-        stack = functional.avg_pool2d(stack, int(source_pixels))
-    channels = stack.flatten(0, 1).unsqueeze(0)  # one picture of many channels, for they share the grid
-    grid = functional.affine_grid(placement.unsqueeze(0), [1, 1, size, size], align_corners=False)
-    warped = functional.grid_sample(channels, grid, padding_mode="reflection", align_corners=False)
-    return warped.view(*stack.shape[:2], size, size)

@@ -92,7 +92,7 @@ class _Waves:
         everywhere = rng.random() < 0.4
         angle = rng.normal(np.pi / 2, 0.5)  # mostly downwards, as water lies
         line = [0, 0, 1] if everywhere else [3 * np.cos(angle), 3 * np.sin(angle), rng.uniform(-1, 2)]
-        ripple = Ripple.random(rng, rng.uniform(0.015, 0.05))
+        ripple = Ripple.random(rng, rng.uniform(0.02, 0.07))
         return cls(ripple, rng.uniform(2, 4.5), rng.uniform(1, 3), np.array(line))
 
     def at(self, time: float, x: Floats, y: Floats) -> tuple[Floats, Floats]:

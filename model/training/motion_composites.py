@@ -28,7 +28,7 @@ _ASPECTS = (1.0, 1.8)  # of frames, before they are squeezed to squares
 _EXTENTS = (0.13, 0.6)  # of things: root of their area, in sides of the frame
 _SPEEDS = (0.015, 0.13)  # of a thing across the background, in sides a step: as DAVIS moves at stride 4
 _EXPOSURES = (0.1, 0.3)  # steps for which the shutter is open, where motion blurs
-_CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
+CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
 _LEAST = 0.004  # share of the frame in the middle that must be foreground
 _TRIES = 3
 
@@ -81,6 +81,7 @@ class MotionComposites:
         cutouts: Objects with true alpha.
         backgrounds: Pictures to serve as backgrounds only, and how likely each source is; stills besides take
             a quarter.
+        camera: Colours, blur and noise of the finished frames.
 
     Raises:
         ValueError: There are no stills, no cut-outs or no backgrounds, or ``num_frames`` is not odd and
@@ -95,10 +96,11 @@ class MotionComposites:
         *,
         num_frames: int,
         mix: MotionMix = MotionMix(),
+        camera: Augmentation = CAMERA,
     ) -> None:
         if not len(stills) or not len(cutouts) or not sum(len(source) for source, _ in backgrounds):
             raise ValueError("motion composites need stills, cut-outs and backgrounds")
-        self._stills, self._cutouts, self._mix = stills, cutouts, mix
+        self._stills, self._cutouts, self._mix, self._camera = stills, cutouts, mix, camera
         self._backgrounds = [source for source, _ in backgrounds]
         weights = np.array([weight for _, weight in backgrounds])
         self._weights = weights / weights.sum()
@@ -122,34 +124,11 @@ class MotionComposites:
         motion = random_velocity(rng, 2 * _SPEEDS[0] if kind == "crowd" else _SPEEDS[0], _SPEEDS[1])
         pan = random_pan(rng, motion, following=kind == "following")
         scene = Scene(self._background(rng, size, kind), pan, rng, view, ripples=kind == "rippling")
-        objects: list[MovingObject] = []
-        extent = _log_uniform(rng, *_EXTENTS)
-        match kind:
-            case "ordinary" | "following":
-                objects.append(
-                    MovingObject(self._thing(rng, size).cut(rng, view, extent), pan + motion, rng, view)
-                )
-                if kind == "ordinary" and rng.random() < mix.second_object:
-                    another = self._thing(rng, size).cut(rng, view, _log_uniform(rng, *_EXTENTS))
-                    objects.append(MovingObject(another, pan + random_velocity(rng, *_SPEEDS), rng, view))
-                self._rest(scene, rng, size, int(rng.integers(1 if kind == "following" else 0, 3)))
-            case "plain":
-                shape = self._thing(rng, size).cut(rng, view, extent)
-                objects.append(MovingObject(fill(shape, self._texture(rng, size)), pan + motion, rng, view))
-                self._rest(scene, rng, size, int(rng.integers(1, 3)))
-            case "crowd":
-                extent = min(extent, 0.45)
-                for number, thing in enumerate(self._alike(rng, size, 1 + int(rng.integers(2, 6)))):
-                    if number == 0:
-                        objects.append(MovingObject(thing.cut(rng, view, extent), pan + motion, rng, view))
-                    else:
-                        scene.rest(thing, rng, extent * rng.uniform(0.75, 1.3))
-            case "resting":
-                self._rest(scene, rng, size, int(rng.integers(1, 3)))
-            case "rippling":
-                # It drifts at most by a tenth of what else moves.
-                thing = self._thing(rng, size).cut(rng, view, max(extent, 0.2))
-                objects.append(MovingObject(thing, pan + 0.1 * motion, rng, view))
+        cuts = self._populate(scene, kind, rng, view)
+        speeds = [0.1 * motion if kind == "rippling" else motion, random_velocity(rng, *_SPEEDS)]
+        objects = [
+            MovingObject(cut, pan + speed, rng, view) for cut, speed in zip(cuts, speeds, strict=False)
+        ]
         if rng.random() < mix.occluder:
             near = objects[0].place if objects else np.zeros(2)
             scene.occlude(self._thing(rng, size), rng, near=near)
@@ -159,16 +138,33 @@ class MotionComposites:
         masks, side_masks = ((share >= 0.5).to(torch.uint8) * 255 for share in (shown, salient))
         return Sample(self._exposed(frames, rng), masks, side_masks)
 
+    def _populate(self, scene: Scene, kind: Kind, rng: np.random.Generator, view: View) -> list[Tensor]:
+        """Let things rest in a scene; the cut-outs of what is to move, two at most."""
+        size, extent = view.size, _log_uniform(rng, *_EXTENTS)
+        if kind == "crowd":
+            extent = min(extent, 0.45)
+            first, *others = self._alike(rng, size, 1 + int(rng.integers(2, 6)))
+            for thing in others:
+                scene.rest(thing, rng, extent * rng.uniform(0.75, 1.3))
+            return [first.cut(rng, view, extent)]
+        resting = {"ordinary": (0, 3), "rippling": (0, 1)}.get(kind, (1, 3))
+        for _ in range(int(rng.integers(*resting))):
+            scene.rest(self._thing(rng, size), rng, _log_uniform(rng, *_EXTENTS))
+        if kind == "resting":
+            return []
+        cut = self._thing(rng, size).cut(rng, view, max(extent, 0.2) if kind == "rippling" else extent)
+        if kind == "plain":
+            return [fill(cut, self._texture(rng, size))]
+        if kind == "ordinary" and rng.random() < self._mix.second_object:
+            return [cut, self._thing(rng, size).cut(rng, view, _log_uniform(rng, *_EXTENTS))]
+        return [cut]
+
     def _exposed(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
         if rng.random() < self._mix.light:
             frames = flicker(frames, rng)
         if rng.random() < self._mix.shadow:
             frames = pass_shadow(frames, rng)
-        return _CAMERA.degrade(_CAMERA.recolour(frames, rng), rng)
-
-    def _rest(self, scene: Scene, rng: np.random.Generator, size: int, count: int) -> None:
-        for _ in range(count):
-            scene.rest(self._thing(rng, size), rng, _log_uniform(rng, *_EXTENTS))
+        return self._camera.degrade(self._camera.recolour(frames, rng), rng)
 
     def _thing(self, rng: np.random.Generator, size: int) -> Thing:
         """A cut-out, or the object of a still that shows most of it."""

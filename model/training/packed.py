@@ -110,7 +110,7 @@ def _frames(video: Path) -> Iterator[Image.Image]:
     try:
         with av.open(str(video)) as container:
             for frame in container.decode(video=0):
-                yield frame.to_image()
+                yield Image.fromarray(frame.to_ndarray(format="rgb24"))
     except FFmpegError as error:
         raise DatasetError(f"cannot read the video {video}: {error}") from error
 

@@ -118,7 +118,8 @@ def _add(
     else:
         step = 1
         chosen = np.random.default_rng(0).permutation(len(pictures)).tolist()
-    names, written, used = pictures.names, [], 0
+    names, used = pictures.names, 0
+    written: list[tuple[str, float, bool]] = []
     for place in chosen:
         picture = pictures.read(place, side)
         files = _encode(part, picture, side)
@@ -131,11 +132,9 @@ def _add(
         used += size
     if not written:
         raise ValueError(f"{budget} bytes of the shard are too few for {part}")
-    return PictureIndex(
-        *zip(*written, strict=True),
-        videos=_thinned(pictures, step),
-        frame_step=pictures.frame_step * step,
-    ), used
+    shown, aspects, soft = zip(*written, strict=True)
+    videos = _thinned(pictures, step)
+    return PictureIndex(shown, aspects, soft, videos, pictures.frame_step * step), used
 
 
 def _frame_step(part: Part, pictures: StoredPictures, budget: int, side: int) -> int:

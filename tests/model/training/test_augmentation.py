@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,8 @@ from PIL import Image
 
 from model.datasets import Still, VideoSequence
 from model.errors import DatasetError
-from model.training.augmentation import Augmentation, Stills, Windows
-from model.training.pictures import Pictures
+from model.training.augmentation import Augmentation, SequenceWindows, Stills, StillWindows, Windows
+from model.training.pictures import Picture, Pictures
 from model.training.samples import Sample
 
 SIZE = 64
@@ -231,3 +232,109 @@ def test_an_image_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     entry.image.write_bytes(entry.image.read_bytes()[:300])
     with pytest.raises(DatasetError, match=r"cannot read the image .*still\.jpg"):
         Pictures.of_stills([entry]).preload(SIZE)
+
+
+def picture(coverage: NDArray[np.uint8], *, soft: bool = False) -> Picture:
+    """A grey picture with a mask."""
+    grey = np.full((3, *coverage.shape), 128, np.uint8)
+    return Picture(torch.from_numpy(np.concatenate([grey, coverage[None]])), aspect=1, soft=soft)
+
+
+def test_soft_masks_stay_soft_and_hard_ones_hard() -> None:
+    ramp = np.tile(np.arange(0, 256, 4, dtype=np.uint8), (SIZE, 1))
+    soft, hard = (
+        UNCHANGED.apply([picture(ramp, soft=is_soft)], np.random.default_rng(0), SIZE)
+        for is_soft in (True, False)
+    )
+    assert np.abs(soft.masks[0].numpy().astype(int) - ramp).max() <= 1
+    assert set(hard.masks.unique().tolist()) == {0, 255}
+    assert torch.equal(hard.masks[0] == 255, torch.from_numpy(ramp >= 128))
+    for sample in (soft, hard):
+        assert torch.equal(sample.masks, sample.side_masks)
+
+
+def test_a_window_may_hold_both_soft_and_hard_masks() -> None:
+    half = np.full((SIZE, SIZE), 140, np.uint8)
+    pictures = [picture(half, soft=True), picture(half)]
+    sample = UNCHANGED.apply(pictures, np.random.default_rng(0), SIZE)
+    assert [mask.unique().tolist() for mask in sample.masks] == [[140], [255]]
+
+
+@pytest.fixture
+def mosaic() -> Picture:
+    """Coloured noise with a square in the middle."""
+    pixels = np.random.default_rng(0).integers(60, 196, size=(4, SIZE, SIZE), dtype=np.uint8)
+    pixels[3] = 0
+    pixels[3, 20:44, 20:44] = 255
+    return Picture(torch.from_numpy(pixels), aspect=1)
+
+
+def test_frames_can_lose_their_colour(mosaic: Picture) -> None:
+    frames = replace(UNCHANGED, grey=1).apply([mosaic], np.random.default_rng(0), SIZE).frames
+    assert (frames == frames[:, :1]).all()
+
+
+def test_frames_can_lose_detail_and_keep_their_masks(mosaic: Picture) -> None:
+    plain, blurred = (
+        replace(UNCHANGED, blur=share).apply([mosaic], np.random.default_rng(0), SIZE) for share in (0, 1)
+    )
+    assert blurred.frames.float().std() < 0.7 * plain.frames.float().std()
+    assert torch.equal(blurred.masks, plain.masks)
+
+
+def test_noise_differs_from_frame_to_frame(mosaic: Picture) -> None:
+    frames = replace(UNCHANGED, noise=1).apply([mosaic] * 3, np.random.default_rng(0), SIZE).frames.float()
+    differences = [float((frames[a] - frames[b]).std()) for a, b in ((0, 1), (1, 2))]
+    assert all(2 < difference < 15 for difference in differences)
+
+
+def test_what_is_covered_is_no_foreground(mosaic: Picture) -> None:
+    plain = UNCHANGED.apply([mosaic] * 2, np.random.default_rng(0), SIZE)
+    shares = []
+    for seed in range(40):
+        sample = replace(UNCHANGED, occlusion=1).apply([mosaic] * 2, np.random.default_rng(seed), SIZE)
+        covered = (sample.frames != plain.frames).any(dim=1)
+        assert torch.equal(covered[0], covered[1])
+        assert torch.equal(sample.masks, torch.where(covered, 0, plain.masks))
+        shares.append(float(sample.masks.float().mean() / plain.masks.float().mean()))
+    assert min(shares) >= 0.5
+    assert np.mean(np.array(shares) < 1) > 0.3
+
+
+def test_each_sequence_is_equally_likely(tmp_path: Path) -> None:
+    """A long black video and a short white one."""
+    entries = []
+    for shade, frames in ((0, 12), (255, 2)):
+        image, mask = tmp_path / f"{shade}.png", tmp_path / f"{shade}_mask.png"
+        Image.new("RGB", (8, 8), (shade,) * 3).save(image)
+        Image.new("1", (8, 8), 1).save(mask)
+        entries.append(VideoSequence(str(shade), (image,) * frames, (mask,) * frames))
+    windows = SequenceWindows(Pictures.of_videos(entries), num_frames=3, strides=[2], augmentation=UNCHANGED)
+    assert len(windows) == 14
+    shades = [int(windows.sample(0, np.random.default_rng(seed), 8).frames.max()) for seed in range(300)]
+    assert np.mean(shades) == pytest.approx(127, abs=25)
+
+
+def test_strides_are_those_of_the_original_video(tmp_path: Path) -> None:
+    pictures = write_grey_video(tmp_path, 20)
+    windows = SequenceWindows(pictures, num_frames=3, strides=[2, 6], frame_step=2, augmentation=UNCHANGED)
+    samples = [numbers(windows.sample(0, np.random.default_rng(seed), 8)) for seed in range(200)]
+    inner = [places for places in samples if 3 <= places[1] <= 16]
+    assert {places[1] - places[0] for places in inner} == {-3, -1, 1, 3}
+
+
+def test_the_frames_of_a_still_window_are_one_picture(tmp_path: Path) -> None:
+    pictures = Pictures.of_stills([write_still(tmp_path, disk(150, 150, x=74.5, y=74.5, radius=30))])
+    windows = StillWindows(pictures, num_frames=3, augmentation=UNCHANGED)
+    frozen = 0
+    for seed in range(40):
+        sample = windows.sample(0, np.random.default_rng(seed), SIZE)
+        red = sample.frames[:, 0] > sample.frames[:, 2]
+        assert overlap(red, sample.masks == 255) > 0.95
+        frozen += torch.equal(sample.frames[0], sample.frames[2])
+    assert 3 <= frozen <= 20
+
+
+def test_sequence_windows_need_strides(film: Pictures) -> None:
+    with pytest.raises(ValueError, match=r"1 videos and strides \[2, 0\]"):
+        SequenceWindows(film, num_frames=3, strides=[2, 0])

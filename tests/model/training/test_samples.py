@@ -1,10 +1,11 @@
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
 
-from model.training.samples import Joined, Sample, SampleBatch, TrainingSamples, load_batches
+from model.training.samples import Joined, Mixture, Sample, SampleBatch, TrainingSamples, load_batches
 from model.training.sampling import JointSampler
 
 
@@ -68,3 +69,30 @@ def test_batches_do_not_depend_on_where_a_run_began() -> None:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_batches_do_not_depend_on_who_makes_them() -> None:
     assert_equal(batches(range(6), workers=2), batches(range(6)))
+
+
+def test_a_mixture_draws_its_sources_by_weight_and_their_samples_alike() -> None:
+    mixture = Mixture([(NumberedSource("a", 2), 1), (NumberedSource("b", 5), 3)])
+    assert len(mixture) == 7
+    samples = [mixture.sample(0, np.random.default_rng(seed), 2) for seed in range(2000)]
+    seen = Counter((chr(one.frames[0, 0, 0, 0]), int(one.frames[0, 0, 0, 1])) for one in samples)
+    expected = {("a", index): 250 for index in range(2)} | {("b", index): 300 for index in range(5)}
+    assert seen.keys() == expected.keys()
+    assert all(seen[key] == pytest.approx(count, abs=60) for key, count in expected.items())
+
+
+def test_a_mixture_follows_the_generator_alone() -> None:
+    mixture = Mixture([(NumberedSource("a", 9), 1), (NumberedSource("b", 9), 1)])
+    first, again = (mixture.sample(index, np.random.default_rng(3), 2) for index in (0, 17))
+    assert torch.equal(first.frames, again.frames)
+
+
+@pytest.mark.parametrize(("count", "weight"), [(2, 0), (2, -1), (2, float("nan")), (2, float("inf")), (0, 1)])
+def test_a_mixture_refuses_weights_and_sources_that_give_nothing(count: int, weight: float) -> None:
+    with pytest.raises(ValueError, match=f"got weight {weight} and {count} samples"):
+        Mixture([(NumberedSource("a", 3), 1), (NumberedSource("b", count), weight)])
+
+
+def test_a_mixture_needs_a_source() -> None:
+    with pytest.raises(ValueError, match="at least one source"):
+        Mixture([])
