@@ -131,7 +131,7 @@ class NormedConv(nn.Module):
         gain: Literal["relu", "linear"] = "relu",
     ) -> None:
         super().__init__()
-        total = kernel - stride
+        total = max(kernel - stride, 0)
         self.margins = (total // 2, total - total // 2) if stride > 1 else (0, 0)
         padding = 0 if stride > 1 else kernel // 2
         self.conv = nn.Conv2d(

@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,7 +7,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from model.imcnet import AlignmentStage, IMCNet, IMCNetConfig, Variant
+from model.backbone import BackboneName
+from model.config import usual_config
+from model.imcnet import AlignmentStage, IMCNet, Variant
+from model.motion_cue import CUE_CHANNELS
 from model.variants import build_network
 
 MakeNetwork = Callable[..., IMCNet]
@@ -19,16 +23,25 @@ def _make_network(
     variant: Variant = "full",
     alignment_stages: int = 4,
     seed: int = 0,
+    backbone: BackboneName = "resnet18",
 ) -> IMCNet:
     """A small network that does something everywhere: no branch silent, offsets of about a pixel, and
-    about as much foreground as background. Untrained networks show one flat mask, which proves little."""
+    about as much foreground as background. Untrained networks show one flat mask, which proves little.
+    An EfficientNet-Lite comes with all options."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
-        config = IMCNetConfig("resnet18", num_frames, frame_stride, variant, alignment_stages)
+        config = replace(
+            usual_config(backbone),
+            num_frames=num_frames,
+            frame_stride=frame_stride,
+            variant=variant,
+            alignment_stages=alignment_stages,
+        )
         network = build_network(config).eval()
         for module in network.modules():
             if isinstance(module, nn.BatchNorm2d):
-                nn.init.uniform_(module.weight, 0.5, 1.0)
+                # 50 layers without a way around them would silence a network of smaller weights.
+                nn.init.uniform_(module.weight, *((0.5, 1.0) if backbone == "resnet18" else (0.9, 1.1)))
                 nn.init.uniform_(module.bias, -0.2, 0.2)
                 nn.init.uniform_(module.running_mean, -0.2, 0.2)
                 nn.init.uniform_(module.running_var, 0.8, 1.2)
@@ -36,6 +49,7 @@ def _make_network(
             if isinstance(module, AlignmentStage):
                 nn.init.uniform_(module.offsets.bias, -1.5, 1.5)
                 nn.init.normal_(module.offsets.weight, std=0.02)
+        _use_options(network)
         with torch.inference_mode():
             logits = network(torch.randn(2, num_frames, 3, 64, 64)).logits
         predict = network.segmentation.predict
@@ -44,6 +58,18 @@ def _make_network(
             predict.weight.mul_(scale)
             predict.bias.copy_((predict.bias - logits.median()) * scale)
     return network
+
+
+@torch.no_grad()
+def _use_options(network: IMCNet) -> None:
+    """Options start without effect, or with statistics that have not been measured."""
+    if network.whitening is not None:
+        network.whitening.measure([network.backbone(torch.randn(2, 3, 96, 96))])
+    if network.cue is not None:
+        for conv in (network.compensation.spatial.features, network.compensation.spatial.attention):
+            conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
+    if network.config.affinity_blend:
+        network.affinity.blend.fill_(0.3)
 
 
 @pytest.fixture(scope="session")
@@ -61,6 +87,12 @@ def network() -> IMCNet:
 def network64() -> IMCNet:
     """In float64, where an equality is not drowned in rounding. Shared like ``network``."""
     return _make_network().double()
+
+
+@pytest.fixture(scope="session")
+def lite_network() -> IMCNet:
+    """On EfficientNet-Lite0, with all options of the configuration. Shared like ``network``."""
+    return _make_network(backbone="efficientnet_lite0")
 
 
 @pytest.fixture(scope="session")

@@ -24,7 +24,9 @@ def test_the_published_loop_is_the_plain_forward_window_by_window(
     assert work.encoded == 3 * len(frames)
     for center, mask in enumerate(masks):
         window = [frames[max(0, center - 4)], frames[center], frames[min(5, center + 4)]]
-        images = torch.stack([normalise(resize_frame(frame, SIZE), torch.float64) for frame in window])
+        images = torch.stack(
+            [normalise(resize_frame(frame, SIZE), "imagenet", torch.float64) for frame in window]
+        )
         with torch.inference_mode():
             probability = foreground_probability(network64(images.unsqueeze(0)).logits)
         expected = resize_probability(probability, frames[0].shape[:2])[0, 0] >= 0.5

@@ -3,7 +3,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.cuda import CudaEngine, bucket_of, pad
+from model.engine import fold_batch_norms
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
@@ -66,7 +66,7 @@ def _maps(frame: FrameFeatures) -> list[Tensor]:
 @torch.inference_mode()
 def _probability(network: IMCNet, window: Sequence[Tensor]) -> Tensor:
     """Of a window of images, as the network computes it by itself, with nothing reused."""
-    windows = torch.stack([normalise(image) for image in window]).unsqueeze(0)
+    windows = torch.stack([normalise(image, network.config.normalisation) for image in window]).unsqueeze(0)
     return foreground_probability(network(windows).logits)
 
 
@@ -115,7 +115,7 @@ def test_frames_are_encoded_as_by_the_network(network: IMCNet, engine: CudaEngin
     assert len(frames) == count
     for image, frame in zip(images, frames, strict=True):
         with torch.inference_mode():
-            expected = network.encode_frame(normalise(image).unsqueeze(0))
+            expected = network.encode_frame(normalise(image, "imagenet").unsqueeze(0))
         for level, reference in zip(_maps(frame), _maps(expected), strict=True):
             torch.testing.assert_close(level, reference, rtol=0, atol=ROUNDING)
 
@@ -136,9 +136,9 @@ def test_windows_are_segmented_as_by_the_network(network: IMCNet, engine: CudaEn
 def test_batches_are_those_of_the_network_bit_for_bit(network: IMCNet, engine: CudaEngine) -> None:
     """In the same bucket and memory format, nothing is left for rounding to differ by."""
     images, indices = _images(3), [(0, 1, 2), (1, 1, 2), (2, 0, 1)]
-    plain = deepcopy(network).to(memory_format=torch.channels_last)
+    plain = fold_batch_norms(network).to(memory_format=torch.channels_last)
     with torch.inference_mode():
-        filled = normalise(images[[0, 1, 2, 2]]).contiguous(memory_format=torch.channels_last)
+        filled = normalise(images[[0, 1, 2, 2]], "imagenet").contiguous(memory_format=torch.channels_last)
         encoded = _maps(plain.encode_frame(filled))
         window = []
         for column in zip(*indices, strict=True):
@@ -168,6 +168,14 @@ def test_every_variant_is_segmented(make_network: Callable[..., IMCNet], variant
     engine = _engine(network)
     probability = engine.decode([engine.encode(images)])
     torch.testing.assert_close(probability, _probability(network, images.unbind()), rtol=0, atol=ROUNDING)
+
+
+def test_a_network_with_all_options_is_segmented(lite_network: IMCNet) -> None:
+    engine, images = _engine(lite_network), _images(3)
+    probability = engine.decode([engine.encode(images)])
+    expected = _probability(lite_network, images.unbind())
+    torch.testing.assert_close(probability, expected, rtol=0, atol=20 * ROUNDING)  # 50 layers, and whitening
+    assert expected.std() > 0.1
 
 
 def test_sizes_can_change_from_batch_to_batch(network: IMCNet, engine: CudaEngine) -> None:
@@ -330,7 +338,7 @@ def test_other_windows_are_refused(engine: CudaEngine) -> None:
 
 
 def test_features_of_another_engine_are_refused(network: IMCNet, engine: CudaEngine) -> None:
-    images = normalise(_images(3))
+    images = normalise(_images(3), "imagenet")
     with torch.inference_mode():
         together = network.encode_frame(images)
         frame = network.encode_frame(images[:1])

@@ -1,9 +1,11 @@
 from collections.abc import Callable
+from copy import deepcopy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from model.backbone import BackboneName
 from model.engine import TorchEngine, convolutions, fold_batch_norms, maps_of, merge_frames, split_frames
 from model.imcnet import IMCNet, Variant, foreground_probability
 from model.preprocess import normalise
@@ -16,17 +18,27 @@ def images_of(count: int) -> Tensor:
     return torch.randint(0, 256, (count, 3, 64, 96), dtype=torch.uint8, generator=generator)
 
 
-@pytest.mark.parametrize("variant", ["full", "regular_conv", "no_tsc"])
-@pytest.mark.parametrize("num_frames", [3, 5])
+@pytest.mark.parametrize(
+    ("backbone", "num_frames", "variant"),
+    [
+        *(
+            ("resnet18", num_frames, variant)
+            for num_frames in (3, 5)
+            for variant in ("full", "regular_conv", "no_tsc")
+        ),
+        ("efficientnet_lite0", 3, "full"),
+        ("efficientnet_lite0", 5, "regular_conv"),
+    ],
+)
 def test_in_float64_the_engine_computes_the_plain_forward(
-    make_network: Callable[..., IMCNet], num_frames: int, variant: Variant
+    make_network: Callable[..., IMCNet], backbone: BackboneName, num_frames: int, variant: Variant
 ) -> None:
-    network = make_network(num_frames=num_frames, variant=variant).double()
+    network = make_network(num_frames=num_frames, variant=variant, backbone=backbone).double()
     images = images_of(num_frames)
     engine = TorchEngine(network, device=CPU)
     probability = engine.decode([[frame for image in images for frame in engine.encode(image.unsqueeze(0))]])
     with torch.inference_mode():
-        logits = network(normalise(images, torch.float64).unsqueeze(0)).logits
+        logits = network(normalise(images, network.config.normalisation, torch.float64).unsqueeze(0)).logits
     expected = foreground_probability(logits)
     assert torch.equal(probability >= 0.5, expected >= 0.5)
     assert (probability - expected).abs().max() <= 1e-7
@@ -47,7 +59,7 @@ def test_a_batch_computes_what_its_entries_do(network64: IMCNet) -> None:
 
 def test_parted_frames_can_be_put_together_again(network64: IMCNet) -> None:
     with torch.inference_mode():
-        features = network64.encode_frame(normalise(images_of(3), torch.float64))
+        features = network64.encode_frame(normalise(images_of(3), "imagenet", torch.float64))
     frames = split_frames(features)
     assert [len(frame.key) for frame in frames] == [1, 1, 1]
     merged = merge_frames(frames)
@@ -70,6 +82,18 @@ def test_a_norm_that_is_still_learning_is_folded_as_it_stands(make_network: Call
     expected = TorchEngine(network, device=CPU).encode(images_of(1))[0]
     found = TorchEngine(network.train(), device=CPU).encode(images_of(1))[0]
     assert torch.equal(found.key, expected.key)
+
+
+def test_folding_leaves_no_statistics_and_the_same_maps(lite_network: IMCNet) -> None:
+    network = deepcopy(lite_network).double()
+    folded = fold_batch_norms(network)
+    names = {name.rpartition(".")[2] for name, _ in folded.named_buffers()}
+    assert names == {"scale", "shift"}  # of the whitening
+    images = normalise(images_of(2), "centred", torch.float64)
+    with torch.inference_mode():
+        pairs = zip(maps_of(folded.encode_frame(images)), maps_of(network.encode_frame(images)), strict=True)
+        for found, expected in pairs:
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -12,6 +12,7 @@ import torch
 
 from model.agreement import EXACT_GATE, Agreement
 from model.benchmark import untrained_network
+from model.config import usual_config
 from model.engine import TorchEngine, maps_of
 from model.engines import add_fast_engine, use_openvino
 from model.errors import EngineUnavailable
@@ -96,6 +97,19 @@ def test_in_float32_it_computes_what_the_network_does(
     masks = list(segmenter.segment(frames))
     segmenter.engines["exact"] = reference
     assert EXACT_GATE.allows(Agreement.of(masks, list(segmenter.segment(frames))))
+
+
+def test_a_network_with_all_options_passes_the_gate(frames: list[np.ndarray], tmp_path: Path) -> None:
+    network = untrained_network(usual_config("efficientnet_lite0"), frames, SIZE)
+    segmenter = Segmenter(network, device="cpu", input_size=SIZE)
+    reference = segmenter.engines["exact"]
+    use_openvino(segmenter, network, graphs=tmp_path)
+    images = torch.randint(0, 256, (3, 1, 3, SIZE, SIZE), dtype=torch.uint8)
+    engines = (segmenter.engines["exact"], reference)
+    assert [engine.name for engine in engines] == ["openvino-float32", "torch-float32"]
+    found, expected = (engine.decode([[engine.encode(image)[0] for image in images]]) for engine in engines)
+    torch.testing.assert_close(found, expected, atol=1e-3, rtol=0)
+    assert expected.std() > 0.1
 
 
 def test_features_of_a_frame_outlive_the_next_frames(network: IMCNet, cache: Path) -> None:

@@ -52,13 +52,13 @@ def test_a_resized_frame_does_not_change_with_its_source(
 
 def test_images_are_normalised_with_imagenets_statistics() -> None:
     images = torch.tensor([0, 128, 255], dtype=torch.uint8).view(3, 1, 1).expand(2, 3, 4, 5)
-    normalised = normalise(images)
+    normalised = normalise(images, "imagenet")
     assert normalised.dtype == torch.float32
     expected = torch.tensor(
         [(0 - 0.485) / 0.229, (128 / 255 - 0.456) / 0.224, (1 - 0.406) / 0.225], dtype=torch.float32
     )
     torch.testing.assert_close(normalised, expected.view(3, 1, 1).expand(2, 3, 4, 5))
-    assert normalise(images, torch.float64).dtype == torch.float64
+    assert normalise(images, "imagenet", torch.float64).dtype == torch.float64
 
 
 def test_probabilities_are_resized_bilinearly_with_corners_not_aligned() -> None:
@@ -66,3 +66,9 @@ def test_probabilities_are_resized_bilinearly_with_corners_not_aligned() -> None
     resized = resize_probability(probability, (3, 8))
     assert resized.shape == (2, 1, 3, 8)
     assert resized[1, 0, 2].tolist() == [0, 0, 1 / 8, 3 / 8, 5 / 8, 7 / 8, 1, 1]
+
+
+def test_centred_images_are_128ths_around_127() -> None:
+    images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+    expected = (images.double() - 127) / 128
+    torch.testing.assert_close(normalise(images, "centred", torch.float64), expected)

@@ -64,7 +64,7 @@ def keys(segmenter: Segmenter) -> Iterator[list[weakref.ref[Tensor]]]:
 
 def _mask_of_window(network: IMCNet, frames: list[Frame], indices: tuple[int, ...]) -> NDArray[np.bool_]:
     """The mask as the network's own forward gives it, with nothing reused."""
-    window = torch.stack([normalise(resize_frame(frames[index], SIZE)) for index in indices])
+    window = torch.stack([normalise(resize_frame(frames[index], SIZE), "imagenet") for index in indices])
     with torch.inference_mode():
         probability = foreground_probability(network(window.unsqueeze(0)).logits)
     size = frames[0].shape[:2]
@@ -99,7 +99,9 @@ def _mean_of_nine_passes(network: IMCNet, frames: list[Frame], indices: tuple[in
     passes = []
     for size in (32, 64, 96):  # 352, 480 and 736 for an input size of 480
         for mirror in (lambda maps: maps, lambda maps: maps.flip(-2), lambda maps: maps.flip(-1)):
-            images = [normalise(resize_frame(frames[index], size), torch.float64) for index in indices]
+            images = [
+                normalise(resize_frame(frames[index], size), "imagenet", torch.float64) for index in indices
+            ]
             probability = foreground_probability(network(mirror(torch.stack(images).unsqueeze(0))).logits)
             passes.append(
                 functional.interpolate(

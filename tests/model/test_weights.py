@@ -61,6 +61,38 @@ def test_weights_come_back_bit_by_bit(path: Path, network: IMCNet) -> None:
     assert not expected
 
 
+def test_a_file_from_before_the_options_is_that_of_the_papers_network(path: Path, network: IMCNet) -> None:
+    options = ("normalisation", "whitening", "affinity_blend", "motion_cue")
+    _rewrite(path, lambda tensors, fields: [fields["config"].pop(option) for option in options])
+    assert "whitening" not in path.read_bytes()[:2000].decode(errors="ignore")
+    loaded, info = load_weights(path)
+    assert info == INFO
+    assert all(
+        torch.equal(tensor, loaded.state_dict()[name]) for name, tensor in network.state_dict().items()
+    )
+
+
+def test_weights_with_all_options_come_back(tmp_path: Path, lite_network: IMCNet) -> None:
+    info = replace(INFO, config=lite_network.config)
+    save_weights(tmp_path / "half", lite_network, info, dtype=torch.float16)
+    assert (tmp_path / "half").stat().st_size < 12e6
+    loaded, found = load_weights(tmp_path / "half")
+    assert found == info
+    buffers = dict(loaded.named_buffers())
+    assert all(torch.equal(tensor, buffers[name]) for name, tensor in lite_network.named_buffers())
+
+
+def test_weights_of_other_options_are_refused(tmp_path: Path, lite_network: IMCNet) -> None:
+    save_weights(tmp_path / "w", lite_network, replace(INFO, config=lite_network.config))
+    _rewrite(tmp_path / "w", lambda tensors, fields: fields["config"].update(motion_cue=False))
+    message = _refusal(tmp_path / "w")
+    assert "4 alignment stages, whitening, affinity_blend: left over: cue.embed.0.bias, " in message
+    assert (
+        "compensation.spatial.features.weight: expected (64, 192, 1, 1) float32, got (64, 256, 1, 1)"
+        in message
+    )
+
+
 def test_the_same_weights_make_the_same_file(path: Path, tmp_path: Path, network: IMCNet) -> None:
     save_weights(tmp_path / "again", network, INFO)
     assert file_sha256(tmp_path / "again") == file_sha256(path)
@@ -104,12 +136,14 @@ def test_half_precision_files_load_as_float32(
 def test_weights_can_be_stored_in_half_precision(tmp_path: Path, network: IMCNet) -> None:
     save_weights(tmp_path / "half", network, INFO, dtype=torch.float16)
     stored = load_file(tmp_path / "half")
+    parameters = dict(network.named_parameters())
     for name, tensor in network.state_dict().items():
-        if tensor.is_floating_point():
+        if name in parameters:
             assert stored[name].dtype == torch.float16
             torch.testing.assert_close(stored[name].float(), tensor, rtol=2**-11, atol=2**-25)
         else:
             assert torch.equal(stored[name], tensor)
+            assert stored[name].dtype == tensor.dtype
     loaded, _ = load_weights(tmp_path / "half")
     assert all(
         torch.equal(tensor, stored[name].to(tensor.dtype)) for name, tensor in loaded.state_dict().items()
@@ -121,12 +155,13 @@ def test_a_value_too_large_for_half_precision_is_refused(
     tmp_path: Path, make_network: Callable[..., IMCNet]
 ) -> None:
     network = make_network()
-    network.backbone.bn1.running_var[3] = 65_519  # still rounds to the largest number there is
+    bias = network.backbone.bn1.bias.data
+    bias[3] = 65_519  # still rounds to the largest number there is
     save_weights(tmp_path / "half", network, INFO, dtype=torch.float16)
-    network.backbone.bn1.running_var[3] = 65_520
+    bias[3] = 65_520
     with pytest.raises(WeightsError) as caught:
         save_weights(tmp_path / "over", network, INFO, dtype=torch.float16)
-    message = "backbone.bn1.running_var holds 65520, too large for torch.float16"
+    message = "backbone.bn1.bias holds 65520, too large for torch.float16"
     assert str(caught.value) == f"{tmp_path / 'over'}: {message}"
     assert not (tmp_path / "over").exists()
 

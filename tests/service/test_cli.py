@@ -283,6 +283,15 @@ def test_new_weights_can_be_those_of_an_ablation(tmp_path: Path) -> None:
     assert (facts["config"]["variant"], facts["config"]["alignment_stages"]) == ("fpn", 2)
 
 
+def test_new_weights_can_have_the_options_that_are_not_the_papers(tmp_path: Path) -> None:
+    path = tmp_path / "new.safetensors"
+    options = ("--backbone", "efficientnet_lite0", "--no-affinity-blend", "--num-frames", 5)
+    assert imcnet("weights", "init", path, *options).returncode == 0
+    config = json.loads(imcnet("weights", "show", path).stdout)["config"]
+    assert (config["normalisation"], config["num_frames"]) == ("centred", 5)
+    assert [config[name] for name in ("whitening", "affinity_blend", "motion_cue")] == [True, False, True]
+
+
 def test_weights_are_never_overwritten(untrained_weights: Path) -> None:
     assert "exists already" in error_of(imcnet("weights", "init", untrained_weights))
 

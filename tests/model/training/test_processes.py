@@ -57,7 +57,7 @@ def test_their_step_is_that_of_the_mean_of_their_gradients(folder: Path) -> None
     keys = JointSampler(videos=4, images=4, batch_size=4, image_batches=1).batch(0).keys
     samples = [data.videos.sample(key.index, np.random.default_rng(key.seed), 64) for key in keys]
     for share in (samples[0::2], samples[1::2]):  # batch norm sees each on its own
-        frames = normalise(torch.stack([sample.frames for sample in share]))
+        frames = normalise(torch.stack([sample.frames for sample in share]), "imagenet")
         target = torch.stack([sample.masks for sample in share]).float() / 255
         logits, side_masks = network(frames)
         ((final_loss(logits, target[:, 1]) + side_loss(side_masks, target)) / 2).backward()
