@@ -21,7 +21,7 @@ CLIP := $(foreach clip,$(wildcard $(IMCNET_TEST_DATA)/davis16/val/car-roundabout
 JOBS ?= 1000
 SEED ?= 1
 
-.PHONY: help demo up test chaos soak lint format lock audit sbom clean build/tested.txt
+.PHONY: help demo up train test chaos soak lint format lock audit sbom clean build/tested.txt
 
 help: ## show this list
 	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,6 +31,9 @@ demo: $(INSTALLED) ## send a video (VIDEO=path) through the whole service; resul
 
 up: $(INSTALLED) ## run API, worker and a private Redis in this terminal (WEIGHTS=path, or IMCNET_WEIGHTS)
 	$(BIN)/imcnet up $(if $(WEIGHTS),--weights "$(WEIGHTS)")
+
+train: $(INSTALLED) ## train the weights that ship, or resume that (DATA=folder OUT=runs/shipped)
+	$(BIN)/imcnet train --recipe shipped --data "$(or $(DATA),$(IMCNET_TEST_DATA))" --out "$(or $(OUT),runs/shipped)"
 
 test: $(INSTALLED) ## run all tests
 	$(BIN)/python -m pytest

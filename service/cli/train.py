@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from click.core import ParameterSource
 
 from service.cli import training_options as options
 from service.cli.train_recipe import train_recipe
@@ -180,8 +179,9 @@ def train(
 def _refuse(context: typer.Context, names: Collection[str], needed: str) -> None:
     """Raises: Misconfigured: The command line gives an option that belongs to ``needed``."""
     for parameter in context.command.params:
-        given = context.get_parameter_source(parameter.name or "") is ParameterSource.COMMANDLINE
-        if given and parameter.name in names:
+        source = context.get_parameter_source(parameter.name or "")
+        # By name: typer 0.25 has a private copy of click, whose enumeration is another one than click's.
+        if parameter.name in names and source is not None and source.name == "COMMANDLINE":
             raise Misconfigured(f"{parameter.opts[0]} goes with {needed}.")
 
 

@@ -367,18 +367,8 @@ def test_pretraining_says_what_is_wrong_with_its_images(
 def ablate(data: Path, out: Path, *more: object) -> tuple[object, ...]:
     return (
         *("ablate", "--davis16", data / "davis", "--duts", data / "stills", "--out", out, "--steps", 4),
-        *(
-            "--precision",
-            "float32",
-            "--second",
-            "stage2",
-            "--size",
-            64,
-            "--batch-size",
-            2,
-            "--image-batches",
-            1,
-        ),
+        *("--first", "stage2", "--second", "stage2", "--size", 64, "--batch-size", 2, "--image-batches", 1),
+        *("--precision", "float32"),
         *(*SMALL, "--workers", 0, "--device", "cpu", *more),
     )
 
