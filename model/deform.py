@@ -52,9 +52,9 @@ class DeformableConv(nn.Module):
 
 
 def deform_by_sampling(features: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute ``torchvision.ops.deform_conv2d`` with padding 1 as one ``grid_sample`` and one product.
+    """Compute ``torchvision.ops.deform_conv2d`` with padding 1 as one ``grid_sample`` and one product a map.
 
-    On two cores 4.9 times as fast, at a difference of 8e-5 in float32 and 1e-13 in float64.
+    On one core four times as fast, at a difference of 8e-5 in float32 and 1e-13 in float64.
 
     Args:
         features: ``(N, C, h, w)``.
@@ -67,21 +67,34 @@ def deform_by_sampling(features: Tensor, offsets: Tensor, weight: Tensor, bias: 
     """
     count, channels, height, width = features.shape
     groups = offsets.shape[1] // 18
-    taps = torch.arange(-1, 2, dtype=offsets.dtype, device=offsets.device)
-    moves = offsets.reshape(count * groups, 3, 3, 2, height, width)
-    rows = torch.arange(height, dtype=offsets.dtype, device=offsets.device)
-    columns = torch.arange(width, dtype=offsets.dtype, device=offsets.device)
-    y = moves[:, :, :, 0] + taps.view(3, 1, 1, 1) + rows.view(height, 1)
-    x = moves[:, :, :, 1] + taps.view(3, 1, 1) + columns
-    # From pixels to grid_sample's [-1, 1], which spans the map from its outer edge to its outer edge.
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    sampled = functional.grid_sample(
-        features.reshape(count * groups, channels // groups, height, width),
-        grid.view(count * groups, 9 * height, width, 2),
-        padding_mode="zeros",
-        align_corners=False,
-    )
-    patches = sampled.view(count, channels * 9, height * width)
-    # A product for each map: `weight @ patches` would be one, of a transposed copy of all patches.
-    kernels = weight.flatten(1).expand(count, -1, -1)
-    return torch.baddbmm(bias[:, None], kernels, patches).view(count, -1, height, width)
+    maps = features.reshape(count, groups, channels // groups, height, width)
+    positions = _sampling_positions(offsets.reshape(count, groups, 9, 2, height, width))
+    kernel, column = weight.flatten(1), bias[:, None]
+    # One map at a time: the patches of several are more than a cache holds, and than malloc keeps for reuse.
+    convolved = []
+    for each, grid in zip(maps.unbind(), positions.unbind(), strict=True):
+        sampled = functional.grid_sample(each, grid, padding_mode="zeros", align_corners=False)
+        convolved.append(torch.addmm(column, kernel, sampled.view(channels * 9, height * width)))
+    return torch.stack(convolved).view(count, -1, height, width)
+
+
+def _sampling_positions(offsets: Tensor) -> Tensor:
+    """Where each tap of each output pixel reads, as ``grid_sample`` wants it.
+
+    Args:
+        offsets: In pixels, y then x, ``(N, G, 9, 2, h, w)``.
+
+    Returns:
+        x then y, from -1 to 1 between the map's outer edges, ``(N, G, 9, h * w, 2)``. In memory, the planes
+        of x and y stay apart, as the offsets are: interleaving them would cost as much as a convolution.
+    """
+    height, width = offsets.shape[-2:]
+    along = {"dtype": offsets.dtype, "device": offsets.device}
+    taps = torch.arange(-1, 2, **along)
+    x = (2 * (taps.view(3, 1) + torch.arange(width, **along)) + 1) / width - 1
+    y = (2 * (taps.view(3, 1) + torch.arange(height, **along)) + 1) / height - 1
+    size = (3, 3, height, width)
+    unmoved = torch.stack([x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2)
+    scale = torch.tensor([2 / width, 2 / height], **along).view(2, 1, 1)
+    moved = torch.addcmul(unmoved.view(9, 2, height, width), offsets.flip(3), scale)
+    return moved.flatten(-2).transpose(-1, -2)
