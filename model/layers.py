@@ -28,6 +28,20 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
     return nn.Conv2d(in_channels, out_channels, 1)
 
 
+def widened(conv: nn.Conv2d, channels: int) -> nn.Conv2d:
+    """Copy a 1x1 convolution to one that takes so many more channels, whose weights are zero."""
+    wider = nn.utils.skip_init(
+        nn.Conv2d, conv.in_channels + channels, conv.out_channels, 1, device=conv.weight.device
+    )
+    with torch.no_grad():
+        wider.weight.zero_()
+        wider.weight[:, : conv.in_channels] = conv.weight
+        assert wider.bias is not None
+        assert conv.bias is not None
+        wider.bias.copy_(conv.bias)
+    return wider
+
+
 def resize(maps: Tensor, size: Sequence[int]) -> Tensor:
     """Resize ``(N, C, h, w)`` to ``size`` (height, width), corners onto corners."""
     return functional.interpolate(maps, size=tuple(size), mode="bilinear", align_corners=True)

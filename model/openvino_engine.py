@@ -35,7 +35,7 @@ Precision = Literal["float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 2  # of the files; also to be raised when the network itself changes
+_FORMAT = 3  # of the files; also to be raised when the network itself changes
 _GATES: Mapping[Precision, Gate] = {"float32": EXACT_GATE, "bfloat16": FAST_GATE}
 _HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 _CAPABILITY: Mapping[Precision, str] = {"float32": "FP32", "bfloat16": "BF16"}
@@ -261,7 +261,8 @@ class _Encoder(nn.Module):
         self.network = network
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        return maps_of(self.network.encode_frame(normalise(images)))
+        normalised = normalise(images, self.network.config.normalisation)
+        return maps_of(self.network.encode_frame(normalised))
 
 
 class _Window(nn.Module):

@@ -1,14 +1,20 @@
 """From frames to the network's input, and from its probabilities to those of the frame's own pixels."""
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-# ImageNet's statistics, with which the backbone was trained.
-MEAN = (0.485, 0.456, 0.406)
-STD = (0.229, 0.224, 0.225)
+Normalisation = Literal["imagenet", "centred"]
+
+STATISTICS: dict[Normalisation, tuple[tuple[float, float, float], tuple[float, float, float]]] = {
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "centred": ((127 / 255,) * 3, (128 / 255,) * 3),
+}
+"""Mean and deviation by channel, of values in [0, 1]. ``centred`` is (x - 127) / 128 of those in [0, 255]."""
 
 
 def resize_frame(frame: NDArray[np.uint8], size: int) -> Tensor:
@@ -27,11 +33,17 @@ def resize_frame(frame: NDArray[np.uint8], size: int) -> Tensor:
     return resized.squeeze(0)
 
 
-def normalise(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Scale uint8 RGB, ``(..., 3, H, W)``, to ``dtype`` with ImageNet's mean and standard deviation."""
-    mean = torch.tensor(MEAN, dtype=dtype, device=images.device).view(3, 1, 1)
-    std = torch.tensor(STD, dtype=dtype, device=images.device).view(3, 1, 1)
-    return (images.to(dtype) / 255 - mean) / std
+def normalise(images: Tensor, normalisation: Normalisation, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Scale uint8 RGB, ``(..., 3, H, W)``, to ``dtype``: (x / 255 - mean) / deviation.
+
+    Args:
+        normalisation: That of the weights, ``IMCNetConfig.normalisation``.
+    """
+    mean, deviation = (
+        torch.tensor(values, dtype=dtype, device=images.device).view(3, 1, 1)
+        for values in STATISTICS[normalisation]
+    )
+    return (images.to(dtype) / 255 - mean) / deviation
 
 
 def resize_probability(probability: Tensor, size: tuple[int, int]) -> Tensor:

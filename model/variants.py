@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torchvision.ops import FeaturePyramidNetwork
 
-from model.backbone import Pyramid
 from model.imcnet import CHANNELS, Affinity, IMCNet, IMCNetConfig, Propagated
 from model.layers import Residual, conv1x1, conv3x3, resize
+from model.pyramid import Pyramid
 from model.views import Quality
 
 
@@ -88,7 +88,8 @@ def build_network(config: IMCNetConfig) -> IMCNet:
             network.set_submodule("affinity", NoAffinity())
         case "no_key_encoder":
             network.set_submodule("key_encoder", nn.Identity())
-            network.set_submodule("affinity", Affinity(config.num_frames * channels[-1]))
+            affinity = Affinity(config.num_frames * channels[-1], blended=config.affinity_blend)
+            network.set_submodule("affinity", affinity)
         case "fpn":
             network.set_submodule("propagation", PyramidDecoder(channels))
         case "regular_conv":

@@ -14,15 +14,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from model.backbone import BackboneName, ResNetPyramid, save_backbone
+from model.backbone import ResNetName, ResNetPyramid, save_backbone
 from model.errors import DatasetError
-from model.preprocess import normalise
+from model.preprocess import Normalisation, normalise
 from model.training.checkpoint import load_checkpoint, replacing, require_same, save_checkpoint
 from model.training.labelled_images import random_views
 from model.training.processes import count, rank, require_equal_shares
 
 CHECKPOINT_NAME = "pretrain.pt"
 BACKBONE_NAME = "backbone.safetensors"
+NORMALISATION: Normalisation = "imagenet"
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class PretrainConfig:
         save_every: Steps from one checkpoint to the next.
     """
 
-    backbone: BackboneName = "resnet18"
+    backbone: ResNetName = "resnet18"
     size: int = 64
     epochs: int = 8
     batch_size: int = 128
@@ -52,7 +53,7 @@ class PretrainConfig:
 class Classifier(nn.Module):
     """A backbone under the head that ResNet was published with: average over space, then one linear map."""
 
-    def __init__(self, backbone: BackboneName, classes: int) -> None:
+    def __init__(self, backbone: ResNetName, classes: int) -> None:
         super().__init__()
         self.backbone = ResNetPyramid(backbone)
         self.head = nn.Linear(self.backbone.channels[-1], classes)
@@ -154,7 +155,9 @@ class Pretraining:
             group["lr"] = rate
         self.network.train()
         with torch.autocast(self.device.type, torch.bfloat16):
-            logits = self._forward(normalise(views).contiguous(memory_format=torch.channels_last))
+            logits = self._forward(
+                normalise(views, NORMALISATION).contiguous(memory_format=torch.channels_last)
+            )
         loss = functional.cross_entropy(
             logits.float(), labels.to(self.device), label_smoothing=self.config.label_smoothing
         )
@@ -171,7 +174,7 @@ class Pretraining:
         correct = 0
         for images, labels in DataLoader(self.val, self.config.batch_size, num_workers=self.workers):
             with torch.autocast(self.device.type, torch.bfloat16):
-                logits = self.network(normalise(images.to(self.device)))
+                logits = self.network(normalise(images.to(self.device), NORMALISATION))
             correct += int((logits.argmax(1).cpu() == labels).sum())
         return correct / len(self.val)  # type: ignore[arg-type]
 

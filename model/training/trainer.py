@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from model.errors import TrainingError
-from model.imcnet import IMCNet, Prediction
+from model.imcnet import IMCNet, IMCNetConfig, Prediction
 from model.preprocess import normalise
 from model.training.checkpoint import load_checkpoint, replacing, require_same, save_checkpoint
 from model.training.learning_rates import parameter_groups, scale_rates
@@ -150,7 +150,8 @@ class Training:
     def _train_step(self, batch: SampleBatch) -> float:
         scale_rates(self.optimizer, rate_factor(self.config.schedule, self.step, self.config.steps))
         self.network.train()
-        frames = normalise(batch.frames.to(self.device, non_blocking=True))
+        frames = batch.frames.to(self.device, non_blocking=True)
+        frames = normalise(frames, self.network.config.normalisation)
         with self._autocast():
             prediction: Prediction = self._forward(batch.kind, frames)
         # Before the loss: cross-entropy takes NaN for a fault of ours, and on CUDA its assertion is final.
@@ -218,7 +219,9 @@ class Training:
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         require_same(path, state.get("config"), _plain(self.config))
-        require_same(path, state.get("network_config"), asdict(self.network.config))
+        # A checkpoint from before an option lacks it: it was off.
+        found = {**asdict(IMCNetConfig()), **state.get("network_config", {})}
+        require_same(path, found, asdict(self.network.config))
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

@@ -49,6 +49,7 @@ def _spread(source: SampleSource, count: int, size: int) -> Iterator[Sample]:
 @torch.inference_mode()
 def _mask(network: IMCNet, sample: Sample) -> Tensor:
     """``(size, size)`` bool on the CPU."""
-    frames = normalise(sample.frames.to(next(network.parameters()).device))
+    device = next(network.parameters()).device
+    frames = normalise(sample.frames.to(device), network.config.normalisation)
     logits = network.eval()(frames.unsqueeze(0)).logits
     return (foreground_probability(logits.float()) >= 0.5)[0, 0].cpu()

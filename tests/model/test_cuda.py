@@ -12,11 +12,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from model.backbone import Pyramid
 from model.cuda import CudaEngine, bucket_of, pad
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
+from model.pyramid import Pyramid
 from model.scenes import render_scene
 from model.shipped import SHIPPED_WEIGHTS
 from model.weights import load_weights
