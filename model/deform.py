@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
+_PIXELS_AT_A_TIME = 1024
+
 
 class DeformableConv(nn.Module):
     """A 3x3 convolution whose taps are moved by offsets; stride 1, same padding, with bias.
@@ -68,33 +70,36 @@ def deform_by_sampling(features: Tensor, offsets: Tensor, weight: Tensor, bias: 
     count, channels, height, width = features.shape
     groups = offsets.shape[1] // 18
     maps = features.reshape(count, groups, channels // groups, height, width)
-    positions = _sampling_positions(offsets.reshape(count, groups, 9, 2, height, width))
+    moves = offsets.view(count, groups, 9, 2, height, width)
+    unmoved, scale = _tap_positions(height, width, offsets)
     kernel, column = weight.flatten(1), bias[:, None]
-    # One map at a time: the patches of several are more than a cache holds, and than malloc keeps for reuse.
-    convolved = []
-    for each, grid in zip(maps.unbind(), positions.unbind(), strict=True):
-        sampled = functional.grid_sample(each, grid, padding_mode="zeros", align_corners=False)
-        convolved.append(torch.addmm(column, kernel, sampled.view(channels * 9, height * width)))
-    return torch.stack(convolved).view(count, -1, height, width)
+    # A few rows at a time: what is sampled for them stays in the cache until the product has read it.
+    # With gradients it would be kept anyway, and each part would have a gradient of the size of the map.
+    rows = height if torch.is_grad_enabled() else max(1, _PIXELS_AT_A_TIME // width)
+    convolved = features.new_empty(count, len(weight), height, width)
+    for index in range(count):
+        for top in range(0, height, rows):
+            part = slice(top, top + rows)
+            moved = torch.addcmul(unmoved[:, :, part], moves[index, :, :, :, part].flip(2), scale)
+            # The planes of x and of y stay apart in memory, as in the offsets.
+            grid = moved.flatten(-2).transpose(-1, -2)
+            sampled = functional.grid_sample(maps[index], grid, padding_mode="zeros", align_corners=False)
+            product = torch.addmm(column, kernel, sampled.view(channels * 9, -1))
+            convolved[index, :, part] = product.view(len(weight), -1, width)
+    return convolved
 
 
-def _sampling_positions(offsets: Tensor) -> Tensor:
-    """Where each tap of each output pixel reads, as ``grid_sample`` wants it.
-
-    Args:
-        offsets: In pixels, y then x, ``(N, G, 9, 2, h, w)``.
+def _tap_positions(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the taps of every output pixel lie without offsets, and what a pixel's offset counts.
 
     Returns:
-        x then y, from -1 to 1 between the map's outer edges, ``(N, G, 9, h * w, 2)``. In memory, the planes
-        of x and y stay apart, as the offsets are: interleaving them would cost as much as a convolution.
+        x then y, from -1 to 1 between the map's outer edges as for ``grid_sample``, ``(9, 2, h, w)``; and the
+        length of a pixel's sides, ``(2, 1, 1)``.
     """
-    height, width = offsets.shape[-2:]
-    along = {"dtype": offsets.dtype, "device": offsets.device}
+    along = {"dtype": like.dtype, "device": like.device}
     taps = torch.arange(-1, 2, **along)
     x = (2 * (taps.view(3, 1) + torch.arange(width, **along)) + 1) / width - 1
     y = (2 * (taps.view(3, 1) + torch.arange(height, **along)) + 1) / height - 1
     size = (3, 3, height, width)
-    unmoved = torch.stack([x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2)
-    scale = torch.tensor([2 / width, 2 / height], **along).view(2, 1, 1)
-    moved = torch.addcmul(unmoved.view(9, 2, height, width), offsets.flip(3), scale)
-    return moved.flatten(-2).transpose(-1, -2)
+    positions = torch.stack([x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2)
+    return positions.view(9, 2, height, width), torch.tensor([2 / width, 2 / height], **along).view(2, 1, 1)
