@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
 
+_PIXELS_AT_A_TIME = 1024
+
 
 class DeformableConv(nn.Module):
     """A 3x3 convolution whose taps are moved by offsets; stride 1, same padding, with bias.
@@ -52,9 +54,9 @@ class DeformableConv(nn.Module):
 
 
 def deform_by_sampling(features: Tensor, offsets: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Compute ``torchvision.ops.deform_conv2d`` with padding 1 as one ``grid_sample`` and one product.
+    """Compute ``torchvision.ops.deform_conv2d`` with padding 1 as one ``grid_sample`` and one product a map.
 
-    On two cores 4.9 times as fast, at a difference of 8e-5 in float32 and 1e-13 in float64.
+    On one core four times as fast, at a difference of 8e-5 in float32 and 1e-13 in float64.
 
     Args:
         features: ``(N, C, h, w)``.
@@ -67,21 +69,37 @@ def deform_by_sampling(features: Tensor, offsets: Tensor, weight: Tensor, bias: 
     """
     count, channels, height, width = features.shape
     groups = offsets.shape[1] // 18
-    taps = torch.arange(-1, 2, dtype=offsets.dtype, device=offsets.device)
-    moves = offsets.reshape(count * groups, 3, 3, 2, height, width)
-    rows = torch.arange(height, dtype=offsets.dtype, device=offsets.device)
-    columns = torch.arange(width, dtype=offsets.dtype, device=offsets.device)
-    y = moves[:, :, :, 0] + taps.view(3, 1, 1, 1) + rows.view(height, 1)
-    x = moves[:, :, :, 1] + taps.view(3, 1, 1) + columns
-    # From pixels to grid_sample's [-1, 1], which spans the map from its outer edge to its outer edge.
-    grid = torch.stack([(2 * x + 1) / width - 1, (2 * y + 1) / height - 1], dim=-1)
-    sampled = functional.grid_sample(
-        features.reshape(count * groups, channels // groups, height, width),
-        grid.view(count * groups, 9 * height, width, 2),
-        padding_mode="zeros",
-        align_corners=False,
-    )
-    patches = sampled.view(count, channels * 9, height * width)
-    # A product for each map: `weight @ patches` would be one, of a transposed copy of all patches.
-    kernels = weight.flatten(1).expand(count, -1, -1)
-    return torch.baddbmm(bias[:, None], kernels, patches).view(count, -1, height, width)
+    maps = features.reshape(count, groups, channels // groups, height, width)
+    moves = offsets.view(count, groups, 9, 2, height, width)
+    unmoved, scale = _tap_positions(height, width, offsets)
+    kernel, column = weight.flatten(1), bias[:, None]
+    # A few rows at a time: what is sampled for them stays in the cache until the product has read it.
+    # With gradients it would be kept anyway, and each part would have a gradient of the size of the map.
+    rows = height if torch.is_grad_enabled() else max(1, _PIXELS_AT_A_TIME // width)
+    convolved = features.new_empty(count, len(weight), height, width)
+    for index in range(count):
+        for top in range(0, height, rows):
+            part = slice(top, top + rows)
+            moved = torch.addcmul(unmoved[:, :, part], moves[index, :, :, :, part].flip(2), scale)
+            # The planes of x and of y stay apart in memory, as in the offsets.
+            grid = moved.flatten(-2).transpose(-1, -2)
+            sampled = functional.grid_sample(maps[index], grid, padding_mode="zeros", align_corners=False)
+            product = torch.addmm(column, kernel, sampled.view(channels * 9, -1))
+            convolved[index, :, part] = product.view(len(weight), -1, width)
+    return convolved
+
+
+def _tap_positions(height: int, width: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """Where the taps of every output pixel lie without offsets, and what a pixel's offset counts.
+
+    Returns:
+        x then y, from -1 to 1 between the map's outer edges as for ``grid_sample``, ``(9, 2, h, w)``; and the
+        length of a pixel's sides, ``(2, 1, 1)``.
+    """
+    along = {"dtype": like.dtype, "device": like.device}
+    taps = torch.arange(-1, 2, **along)
+    x = (2 * (taps.view(3, 1) + torch.arange(width, **along)) + 1) / width - 1
+    y = (2 * (taps.view(3, 1) + torch.arange(height, **along)) + 1) / height - 1
+    size = (3, 3, height, width)
+    positions = torch.stack([x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2)
+    return positions.view(9, 2, height, width), torch.tensor([2 / width, 2 / height], **along).view(2, 1, 1)
