@@ -88,12 +88,15 @@ class Augmentation:
             warped = torch.cat(
                 [_warp(one.unsqueeze(0), place, size) for one, place in zip(stack, places, strict=True)]
             )
-        frames = self._recolour(warped[:, :3], rng)
+        frames = warped[:, :3]
         soft = torch.tensor([picture.soft for picture in pictures]).view(-1, 1, 1)
         masks = torch.where(soft, warped[:, 3], (warped[:, 3] >= 127.5) * 255.0)
-        frames, masks = self._degrade(frames, masks, rng)
-        masks = masks.add(0.5).clamp(0, 255).to(torch.uint8)
-        return Sample(frames.add(0.5).clamp(0, 255).to(torch.uint8), masks, side_masks=masks)
+        frames = self.recolour(frames, rng)
+        # What is off draws no random number: samples stay the same when an option is added.
+        if self.occlusion and rng.random() < self.occlusion:
+            frames, masks = _occlude(frames, masks, rng)
+        masks = masks.add(0.5).to(torch.uint8)
+        return Sample(self.degrade(frames, rng), masks, side_masks=masks)
 
     def _placement(self, aspect: float, rng: np.random.Generator) -> Tensor:
         """Where a sample's pixels lie in the picture, both from -1 to 1: an affine map, ``(2, 3)``."""
@@ -109,24 +112,23 @@ class Augmentation:
             dtype=torch.float32,
         )
 
-    def _recolour(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+    def recolour(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        """Change brightness, contrast and saturation of frames, ``(T, 3, H, W)``, all alike."""
         brightness, contrast, saturation = rng.uniform(1 - self.colour, 1 + self.colour, size=3)
         frames = frames * brightness
         frames = torch.lerp(frames.mean(), frames, contrast)
         return torch.lerp(frames.mean(dim=1, keepdim=True), frames, saturation)
 
-    def _degrade(self, frames: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-        # What is off draws no random number: samples stay the same when an option is added.
-        if self.occlusion and rng.random() < self.occlusion:
-            frames, masks = _occlude(frames, masks, rng)
+    def degrade(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
+        """What a camera makes of frames, ``(T, 3, H, W)``: perhaps grey, blurred or noisy; uint8."""
         if self.grey and rng.random() < self.grey:
             frames = frames.mean(dim=1, keepdim=True).expand_as(frames)
         if self.blur and rng.random() < self.blur:
-            frames = _lose_detail(frames, rng.uniform(1.5, 3))
+            frames = _lose_detail(frames, rng.uniform(1.5, 2.5))
         if self.noise and rng.random() < self.noise:
             grain = rng.standard_normal(frames.shape, dtype=np.float32) * np.float32(rng.uniform(2, 10))
             frames = frames + torch.from_numpy(grain)
-        return frames, masks
+        return frames.add(0.5).clamp(0, 255).to(torch.uint8)
 
 
 STRONG = Augmentation(zoom=(0.6, 1.4), colour=0.35, grey=0.1, blur=0.15, noise=0.2, occlusion=0.05)

@@ -12,15 +12,21 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.training.cutouts import cut_out, limit_side, paste
-from model.training.motion import Course, Floats, Ripple, View, random_velocity
+from model.training.motion import (
+    Floats,
+    MovingCamera,
+    MovingObject,
+    Ripple,
+    View,
+    random_pan,
+    random_velocity,
+)
 from model.training.pictures import Picture, PictureSource
 from model.training.samples import Sample
 from model.windows import WindowLayout
 
 _ASPECTS = (1.0, 1.8)  # of frames, before they are squeezed to squares
 _SPEEDS = (0.015, 0.13)  # of an object across the background, in sides a step: as DAVIS moves at stride 4
-_PANS = (0.003, 0.05)  # of a camera that does not follow the object
-_STILL_CAMERA = 0.4  # share of cameras that only shake, of those that do not follow
 _EXPOSURES = (0.1, 0.3)  # steps for which the shutter is open, where motion blurs
 _SHUTTER = (-1 / 3, 0.0, 1 / 3)  # what is averaged then, in exposures
 
@@ -89,10 +95,10 @@ class Composites:
             return cut_out(self._other_still(index, rng, size), rng, view)
 
         motion = random_velocity(rng, *_SPEEDS)
-        pan = _random_pan(rng, motion, following=rng.random() < mix.following)
-        objects = [_Object(cut_out(self._stills.read(index, size), rng, view), pan + motion, rng, view)]
+        pan = random_pan(rng, motion, following=rng.random() < mix.following)
+        objects = [MovingObject(cut_out(self._stills.read(index, size), rng, view), pan + motion, rng, view)]
         if rng.random() < mix.second_object:
-            objects.append(_Object(another(), pan + random_velocity(rng, *_SPEEDS), rng, view))
+            objects.append(MovingObject(another(), pan + random_velocity(rng, *_SPEEDS), rng, view))
 
         scenery = _Scenery(self._background(index, rng, size), pan, rng, view)
         if rng.random() < mix.distractor:
@@ -125,38 +131,6 @@ class Composites:
         return self._other_still(index, rng, size)
 
 
-class _Object:
-    """A cut-out that moves, turns, grows, leans and bends."""
-
-    def __init__(self, cut: Tensor, velocity: Floats, rng: np.random.Generator, view: View) -> None:
-        self.place = rng.uniform(-0.6, 0.6, size=2)  # of its middle at time 0
-        self._cut = cut
-        self._view = view
-        self._reach = (
-            cut.shape[2] / view.size,
-            cut.shape[1] / view.size,
-        )  # from its middle, to the right and down
-        self._x = Course.random(rng, float(velocity[0]), 0.02)
-        self._y = Course.random(rng, float(velocity[1]), 0.02)
-        self._angle = Course.random(rng, rng.normal(0, 0.05), 0.04)
-        self._growth = Course.random(rng, rng.normal(0, 0.03), 0.02)
-        self._lean = Course.random(rng, rng.normal(0, 0.03), 0.03)
-        self._bending = Ripple.random(rng, rng.uniform(0, 0.1))
-
-    def at(self, times: Sequence[float]) -> Tensor:
-        """A cut-out of the frame's size for each time: ``(times, 4, size, size)``."""
-        return self._view.sample(self._cut, [self._map(time) for time in times], outside="zeros")
-
-    def _map(self, time: float) -> tuple[Floats, Floats]:
-        """Where the frame's nodes lie in the cut-out."""
-        x, y = self._view.nodes()
-        x, y = x - self.place[0] - self._x.at(time), y - self.place[1] - self._y.at(time)
-        x, y = self._view.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
-        x, y = (x + self._lean.at(time) * y) / self._reach[0], y / self._reach[1]
-        bent_x, bent_y = self._bending.at(time, x, y)
-        return x + bent_x, y + bent_y
-
-
 class _Scenery:
     """The background with what rests on it, and what stands in front of objects, seen by a moving camera."""
 
@@ -164,25 +138,19 @@ class _Scenery:
         self._backdrop = picture.pixels[:3].float()
         self._front: Tensor | None = None
         self._view = view
-        self._zoom = rng.uniform(1.1, 1.7)
-        self._middle = rng.uniform(-1, 1, size=2) * (1 - 1 / self._zoom)  # of the part that is seen
-        self._x = Course.random(rng, float(pan[0]), 0.006)
-        self._y = Course.random(rng, float(pan[1]), 0.006)
-        self._angle = Course.random(rng, rng.normal(0, 0.012), 0.008)
-        self._growth = Course.random(rng, rng.normal(0, 0.015), 0.006)
-        self._relief = Ripple.random(rng, rng.uniform(0, 0.4))  # what is near passes faster than what is far
+        self._camera = MovingCamera(pan, rng, view)
         self._unrest = Ripple.random(rng, 0.02 if rng.random() < 0.2 else 0)  # of water or leaves
         if rng.random() < 0.5:
             self._backdrop = self._backdrop.flip(2)
 
     def add_distractor(self, cut: Tensor, rng: np.random.Generator) -> None:
-        paste(self._backdrop, cut, self._in_picture(rng.uniform(-0.8, 0.8, size=2)))
+        paste(self._backdrop, cut, self._camera.in_picture(rng.uniform(-0.8, 0.8, size=2)))
 
     def add_occluder(self, cut: Tensor, rng: np.random.Generator, *, near: Floats) -> None:
         """Let something of up to about half a side stand close to a place of the frame."""
         side = self._backdrop.shape[1]
         self._front = torch.zeros(4, side, side)
-        place = self._in_picture(near + rng.uniform(-0.35, 0.35, size=2))
+        place = self._camera.in_picture(near + rng.uniform(-0.35, 0.35, size=2))
         paste(self._front, limit_side(cut, 0.35 * side), place)
 
     def defocus(self) -> None:
@@ -193,38 +161,17 @@ class _Scenery:
 
     def at(self, times: Sequence[float]) -> tuple[Tensor, Tensor | None]:
         """The background, ``(times, 3, size, size)``, and a cut-out of what is in front, at each time."""
-        maps = [self._map(time) for time in times]
+        maps = [self._camera.map(time, self._ripple) for time in times]
         backdrop = self._view.sample(self._backdrop, maps, outside="reflection")
         front = None if self._front is None else self._view.sample(self._front, maps, outside="zeros")
         return backdrop, front
 
-    def _in_picture(self, place: Floats) -> Floats:
-        """Where a place of the frame lies in the picture at time 0, nearly."""
-        return self._middle + place / self._zoom
-
-    def _map(self, time: float) -> tuple[Floats, Floats]:
-        """Where the frame's nodes lie in the picture."""
-        x, y = self._view.nodes()
-        shift_x, shift_y = self._x.at(time), self._y.at(time)
-        nearness, _ = self._relief.at(0, x - shift_x, y - shift_y)
-        x, y = x - shift_x * (1 + nearness), y - shift_y * (1 + nearness)
-        x, y = self._view.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
-        unrest_x, unrest_y = self._unrest.at(time, 3 * x, 3 * y)
-        return (
-            self._middle[0] + (x + unrest_x) / self._zoom,
-            self._middle[1] + (y + unrest_y) / self._zoom,
-        )
-
-
-def _random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
-    """How fast the background moves in the frame, where an object moves by ``motion`` across it."""
-    if following:
-        return -rng.uniform(0.6, 1.1) * motion
-    return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)
+    def _ripple(self, time: float, x: Floats, y: Floats) -> tuple[Floats, Floats]:
+        return self._unrest.at(time, 3 * x, 3 * y)
 
 
 def _expose(
-    scenery: _Scenery, objects: Sequence[_Object], times: Sequence[float], exposure: float
+    scenery: _Scenery, objects: Sequence[MovingObject], times: Sequence[float], exposure: float
 ) -> tuple[Tensor, Tensor]:
     """Frames, ``(T, 3, size, size)``, and how much of each pixel moving objects fill, ``(T, size, size)``.
 

@@ -40,6 +40,73 @@ def cut_out(picture: Picture, rng: np.random.Generator, view: View) -> Tensor:
     return torch.cat([colours * opacity, opacity])
 
 
+def cut_by_mask(picture: Picture, rng: np.random.Generator, view: View, extent: float) -> Tensor:
+    """As ``cut_out``, of a given size: with soft edges that lie within the object.
+
+    Args:
+        extent: Root of the area of the cut-out, in sides of the frame; less where the picture is too small.
+    """
+    resized = _resized(picture.pixels.float(), picture, rng, view, extent)
+    feather = int(rng.choice([3, 5]))
+    opacity = functional.avg_pool2d(resized[3:] / 255, feather, stride=1, padding=feather // 2)
+    opacity = ((opacity - 0.5) / 0.4).clamp(0, 1)
+    return _tinted(resized[:3] * opacity, opacity, rng)
+
+
+def cut_by_alpha(picture: Picture, rng: np.random.Generator, view: View, extent: float) -> Tensor:
+    """A picture whose mask is its true alpha, as a cut-out of a given size; ``extent`` as in ``cut_by_mask``.
+
+    Colours must be those of the object alone, also where it is half transparent.
+    """
+    opacity = picture.pixels[3:].float() / 255
+    resized = _resized(torch.cat([picture.pixels[:3] * opacity, opacity]), picture, rng, view, extent)
+    return _tinted(resized[:3], resized[3:].clamp(0, 1), rng)
+
+
+def fill(cut: Tensor, texture: Tensor) -> Tensor:
+    """The shape of a cut-out with a texture instead of its colours.
+
+    Args:
+        texture: ``(3, h, w)``, 0 to 255; stretched to the cut-out.
+    """
+    stretched = functional.interpolate(
+        texture.unsqueeze(0), cut.shape[1:], mode="bilinear", antialias=True
+    ).squeeze(0)
+    return torch.cat([stretched.clamp(0, 255) * cut[3:], cut[3:]])
+
+
+def is_cut_off(picture: Picture) -> bool:
+    """Whether much of the object lies beyond the picture's edges: a tenth of its outline or more is there."""
+    mask = picture.pixels[3] >= 128
+    at_edges = sum(int(edge.sum()) for edge in (mask[0], mask[-1], mask[:, 0], mask[:, -1]))
+    top, bottom, left, right = _bounds(picture.pixels[3])
+    return 10 * at_edges >= 2 * (bottom - top + right - left)
+
+
+def _resized(layers: Tensor, picture: Picture, rng: np.random.Generator, view: View, extent: float) -> Tensor:
+    """The object's part of some layers, ``(4, h, w)``, in the frame's pixels, with a border of zeros."""
+    top, bottom, left, right = _bounds(picture.pixels[3])
+    cropped = layers[:, top:bottom, left:right]
+    if rng.random() < 0.5:
+        cropped = cropped.flip(2)
+    height, width = bottom - top, (right - left) * picture.aspect / view.aspect
+    scale = min(
+        extent * view.size / np.sqrt(height * width),
+        _MAX_SIDE * view.size / max(height, width),
+        _MAX_MAGNIFICATION,
+    )
+    sides = [max(4, round(height * scale)), max(4, round(width * scale))]
+    resized = functional.interpolate(cropped.unsqueeze(0), sides, mode="bilinear", antialias=True)
+    return functional.pad(resized, (1, 1, 1, 1)).squeeze(0)
+
+
+def _tinted(colours: Tensor, opacity: Tensor, rng: np.random.Generator) -> Tensor:
+    """A cut-out of colours that were multiplied by opacity already, recoloured."""
+    tint = rng.uniform(0.75, 1.25) * rng.uniform(0.9, 1.1, size=(3, 1, 1))
+    tinted = colours * torch.from_numpy(tint.astype(np.float32))
+    return torch.cat([torch.minimum(tinted, 255 * opacity), opacity])
+
+
 def limit_side(cut: Tensor, pixels: float) -> Tensor:
     """A cut-out no larger than that, made smaller if need be."""
     shrink = pixels / max(cut.shape[1:])

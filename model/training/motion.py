@@ -4,7 +4,7 @@ Places run from -1 to 1, from edge to edge, x to the right and y down. Time is c
 0 at its centre.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Self
 
@@ -15,7 +15,11 @@ from torch import Tensor
 from torch.nn import functional
 
 Floats = NDArray[np.floating[Any]]
+Disturbance = Callable[[float, Floats, Floats], tuple[Floats, Floats]]
+"""Displacements in x and y at a time and at places x and y."""
 
+_PANS = (0.003, 0.05)  # of a camera that does not follow the object, in sides a step
+_STILL_CAMERA = 0.4  # share of cameras that only shake, of those that do not follow
 _NODES = 17  # a side: maps are computed at this many places and interpolated in between
 
 
@@ -113,3 +117,74 @@ def random_velocity(rng: np.random.Generator, slowest: float, fastest: float) ->
     speed = 2 * np.exp(rng.uniform(np.log(slowest), np.log(fastest)))  # a side is 2 long
     direction = rng.uniform(0, 2 * np.pi)
     return np.array([speed * np.cos(direction), speed * np.sin(direction)])
+
+
+def random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
+    """How fast the background moves in the frame, where an object moves by ``motion`` across it."""
+    if following:
+        return -rng.uniform(0.6, 1.1) * motion
+    return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)
+
+
+class MovingObject:
+    """A cut-out that moves, turns, grows, leans and bends."""
+
+    def __init__(self, cut: Tensor, velocity: Floats, rng: np.random.Generator, view: View) -> None:
+        self.place = rng.uniform(-0.6, 0.6, size=2)  # of its middle at time 0
+        self._cut = cut
+        self._view = view
+        # From its middle, to the right and down.
+        self._reach = (cut.shape[2] / view.size, cut.shape[1] / view.size)
+        self._x = Course.random(rng, float(velocity[0]), 0.02)
+        self._y = Course.random(rng, float(velocity[1]), 0.02)
+        self._angle = Course.random(rng, rng.normal(0, 0.05), 0.04)
+        self._growth = Course.random(rng, rng.normal(0, 0.03), 0.02)
+        self._lean = Course.random(rng, rng.normal(0, 0.03), 0.03)
+        self._bending = Ripple.random(rng, rng.uniform(0, 0.1))
+
+    def at(self, times: Sequence[float]) -> Tensor:
+        """A cut-out of the frame's size for each time: ``(times, 4, size, size)``."""
+        return self._view.sample(self._cut, [self._map(time) for time in times], outside="zeros")
+
+    def _map(self, time: float) -> tuple[Floats, Floats]:
+        """Where the frame's nodes lie in the cut-out."""
+        x, y = self._view.nodes()
+        x, y = x - self.place[0] - self._x.at(time), y - self.place[1] - self._y.at(time)
+        x, y = self._view.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
+        x, y = (x + self._lean.at(time) * y) / self._reach[0], y / self._reach[1]
+        bent_x, bent_y = self._bending.at(time, x, y)
+        return x + bent_x, y + bent_y
+
+
+class MovingCamera:
+    """Shows a part of a picture that moves, turns and zooms; what is near passes faster than what is far."""
+
+    def __init__(self, pan: Floats, rng: np.random.Generator, view: View) -> None:
+        self.zoom = rng.uniform(1.1, 1.7)
+        self._view = view
+        self._middle = rng.uniform(-1, 1, size=2) * (1 - 1 / self.zoom)  # of the part that is seen
+        self._x = Course.random(rng, float(pan[0]), 0.006)
+        self._y = Course.random(rng, float(pan[1]), 0.006)
+        self._angle = Course.random(rng, rng.normal(0, 0.012), 0.008)
+        self._growth = Course.random(rng, rng.normal(0, 0.015), 0.006)
+        self._relief = Ripple.random(rng, rng.uniform(0, 0.4))
+
+    def in_picture(self, place: Floats) -> Floats:
+        """Where a place of the frame lies in the picture at time 0, nearly."""
+        return self._middle + place / self.zoom
+
+    def map(self, time: float, disturbance: Disturbance | None = None) -> tuple[Floats, Floats]:
+        """Where the frame's nodes lie in the picture.
+
+        Args:
+            disturbance: Moves places on top, in half sides of the frame.
+        """
+        x, y = self._view.nodes()
+        shift_x, shift_y = self._x.at(time), self._y.at(time)
+        nearness, _ = self._relief.at(0, x - shift_x, y - shift_y)
+        x, y = x - shift_x * (1 + nearness), y - shift_y * (1 + nearness)
+        x, y = self._view.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
+        if disturbance is not None:
+            moved_x, moved_y = disturbance(time, x, y)
+            x, y = x + moved_x, y + moved_y
+        return self._middle[0] + x / self.zoom, self._middle[1] + y / self.zoom

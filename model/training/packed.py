@@ -15,7 +15,7 @@ from model.errors import DatasetError
 from model.training.picture_cache import Entry, PictureCache
 from model.training.stored_pictures import Part, StoredPictures, TrainingPictures, prefix
 
-_FORMAT = 1  # to be raised when the same files are read into other pixels
+_FORMAT = 2  # to be raised when the same files are read into other pixels
 _SOFT = frozenset(
     {"teacher", "matte", "alpha"}
 )  # stills whose masks have shares: of a network, or true alpha
@@ -69,8 +69,10 @@ class PackedData(TrainingPictures):
                 return _sequences(self._root / "sequences", self.side)
             case "stills":
                 return _stills(self._root / "stills", self.side)
-            case "cutouts" | "scenes":
-                return _pictures(self._root / part, self.side)
+            case "cutouts":
+                return _cutouts(self._root / "cutouts", self.side)
+            case "scenes":
+                return _scenes(self._root / "scenes", self.side)
 
 
 def _identity(files: list[Path], root: Path, side: int) -> str:
@@ -128,19 +130,26 @@ def _stills(folder: Path, side: int) -> Iterator[Entry]:
             yield _entry(stem, image.convert("RGB"), mask.convert("L"), side, soft=prefix(stem) in _SOFT)
 
 
-def _pictures(folder: Path, side: int) -> Iterator[Entry]:
-    """Cut-outs, whose alpha is their mask, or pictures without a mask."""
+def _cutouts(folder: Path, side: int) -> Iterator[Entry]:
+    """Objects as they are, with nothing around them; smaller only where they would not fit."""
     for path in sorted(folder.glob("*.webp")):
         image = _decode(path.read_bytes(), str(path))
-        size = (side, side)
-        if image.mode == "RGBA":
+        if image.mode != "RGBA":
+            raise DatasetError(f"{path} must have an alpha channel, its mode is {image.mode}")
+        canvas = np.zeros((side, side, 4), np.uint8)
+        if max(image.size) > side:
             # Weighted by alpha, lest the colours of what is transparent spread.
-            squeezed = image.convert("RGBa").resize(size, Image.Resampling.BILINEAR).convert("RGBA")
-        else:
-            squeezed = image.convert("RGB").resize(size, Image.Resampling.BILINEAR)
-        colours = np.asarray(squeezed)
-        mask = colours[..., 3] if image.mode == "RGBA" else np.zeros(size, np.uint8)
-        yield Entry(path.stem, _stacked(colours[..., :3], mask), image.width / image.height, soft=True)
+            weighted = image.convert("RGBa")
+            weighted.thumbnail((side, side), Image.Resampling.BILINEAR)
+            image = weighted.convert("RGBA")
+        canvas[: image.height, : image.width] = np.asarray(image)
+        yield Entry(path.stem, _stacked(canvas[..., :3], canvas[..., 3]), aspect=1, soft=True)
+
+
+def _scenes(folder: Path, side: int) -> Iterator[Entry]:
+    for path in sorted(folder.glob("*.webp")):
+        image = _decode(path.read_bytes(), str(path)).convert("RGB")
+        yield _entry(path.stem, image, Image.new("L", image.size), side)
 
 
 def _entry(

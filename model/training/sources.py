@@ -22,6 +22,7 @@ from model.training.augmentation import (
     Windows,
 )
 from model.training.composites import Composites
+from model.training.motion_composites import MotionComposites, MotionMix
 from model.training.pictures import Pictures, PictureSource
 from model.training.presets import Source, TrainConfig
 from model.training.samples import Joined, Mixture, Sample, SampleSource
@@ -30,6 +31,7 @@ from model.training.trainer import TrainingData
 from model.windows import WindowLayout
 
 Dataset = Literal["davis16", "youtube_vos", "youtube_objects", "duts"]
+_MIX = MotionMix()
 _HAND = ("duts", "ecssd", "pascals", "sod", "iseg", "people", "cats", "cow", "alpha", "matte")
 
 
@@ -126,9 +128,14 @@ def packed_sources(
 ) -> dict[str, SampleSource]:
     """Everything that the development data can teach, by name, without what is held out.
 
-    Windows of ``num_frames``: ``davis16``, ``further`` (each sequence equally likely), ``still_windows``
-    (nothing moves but the camera) and ``composites``. Images: ``hand_stills``, ``teacher_stills`` (soft
-    masks), ``clothing_stills``, ``other_stills`` (pets and people), ``davis16_frames``, ``further_frames``.
+    Windows of ``num_frames``:
+
+    - ``davis16``, ``further``: videos, each equally likely
+    - ``still_windows``: nothing moves but the camera
+    - ``composites``: cut-outs and stills, moved
+
+    Images: ``hand_stills``, ``teacher_stills`` (soft masks), ``clothing_stills``, ``other_stills`` (pets and
+    people), ``davis16_frames`` and ``further_frames``.
 
     Args:
         strides: Distances between the frames of a window, in frames of the original video, equally likely.
@@ -156,7 +163,7 @@ def packed_sources(
                 for pictures, share in ((stills, 0.7), (davis16, 0.15), (further, 0.15))
             ]
         ),
-        "composites": Composites(stills, videos=davis16, num_frames=num_frames),
+        "composites": motion_composites(data, num_frames=num_frames),
         "hand_stills": Stills(data.stills(_HAND), augmentation=augmentation),
         "teacher_stills": Stills(data.stills(["teacher"]), augmentation=augmentation),
         "clothing_stills": Stills(data.stills(["ccp"]), augmentation=augmentation),
@@ -164,6 +171,17 @@ def packed_sources(
         "davis16_frames": Stills(davis16, augmentation=augmentation),
         "further_frames": Stills(further, augmentation=augmentation),
     }
+
+
+def motion_composites(data: TrainingPictures, *, num_frames: int, mix: MotionMix = _MIX) -> MotionComposites:
+    """Composites of everything that is not held out.
+
+    Raises:
+        DatasetError: A part of the data is missing or cannot be read.
+    """
+    frames = [data.sequences("davis16"), data.sequences("further")]
+    backgrounds = [(data.scenes(), 0.4), *((pictures, 0.3) for pictures in frames)]
+    return MotionComposites(data.stills(), data.cutouts(), backgrounds, num_frames=num_frames, mix=mix)
 
 
 class HeldOutWindows:

@@ -189,7 +189,7 @@ class TrainingPictures:
         return part.select_videos(lambda name: name not in exclude and (names is None or name in names))
 
     def cutouts(self) -> StoredPictures:
-        """Objects with true alpha, cropped to the object; none of a held-out still."""
+        """Objects with true alpha on a transparent square, without those of held-out stills."""
         held_out = held_out_stills()
         return self.part("cutouts").select(lambda name: name not in held_out)
 
