@@ -3,9 +3,12 @@
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
-from redis import Redis
+
+if TYPE_CHECKING:  # the tests of model/ run where it is not installed
+    from redis import Redis
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -53,8 +56,10 @@ def redis_url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 @pytest.fixture
-def redis(redis_url: str) -> Iterator[Redis]:
+def redis(redis_url: str) -> "Iterator[Redis]":
     """A client of an empty database."""
+    from redis import Redis
+
     with Redis.from_url(redis_url) as client:
         client.flushall()
         yield client

@@ -12,6 +12,8 @@ import torch
 
 from model.errors import CheckpointError
 
+SETTINGS_NAME = "settings.json"
+
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write a checkpoint, whole or not at all: a run may be killed at any time.
@@ -61,7 +63,7 @@ def claim_folder(folder: Path, settings: Mapping[str, Any]) -> None:
         CheckpointError: It is that of a run with others.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "settings.json"
+    path = folder / SETTINGS_NAME
     if path.exists():
         require_same(path, json.loads(path.read_text()), json.loads(json.dumps(settings)))
         return

@@ -6,7 +6,6 @@ import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import closing
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -84,6 +83,7 @@ def _measure(
     import torch
 
     from model.benchmark import compare
+    from model.benchmark_report import figures
     from model.segmenter import Segmenter, resolve_device
 
     if settings.cpu_threads:
@@ -113,7 +113,7 @@ def _measure(
         "frames": len(images),
         "rounds": rounds,
         "speedup": max(passing.values(), default=None),
-        "engines": [_figures(result) for result in results],
+        "engines": [figures(result) for result in results],
         "job": _whole_job(source, settings, segmenter, engines[best], frames=frames),
     }
 
@@ -161,27 +161,6 @@ def _network(
         return untrained_network(usual_config(backbone), images, size), "random", size
     network, info = load_weights(require_weights(settings), sha256=settings.weights_sha256)
     return network, info.name, settings.input_size or info.input_size
-
-
-def _figures(result: "Result") -> dict[str, Any]:
-    agreement = result.agreement
-    assert agreement is not None, "every candidate has run"
-    return {
-        "name": result.name,
-        "ms_per_frame": result.milliseconds(lambda work: work.seconds),
-        "encode_ms": result.milliseconds(lambda work: work.encode_s),
-        "window_ms": result.milliseconds(lambda work: work.window_s),
-        "ratio": result.speedup,
-        "ratios": result.ratios,
-        "encodes_per_frame": result.runs[-1].encoded / result.frames,
-        "cached_frames": result.runs[-1].cached,
-        "flipped": agreement.flipped,
-        "iou": agreement.iou,
-        "passes": result.passes,
-        "memory_mib": max(work.memory_mib for work in result.runs),
-        "device_mib": max(work.device_mib for work in result.runs),
-        "runs": [asdict(work) for work in result.runs],
-    }
 
 
 # ---- A whole job --------------------------------------------------------------------------------------
@@ -253,24 +232,16 @@ def _images(source: Path, settings: WorkerSettings, count: int) -> "Iterator[Fra
 
 
 def _table(document: dict[str, Any]) -> str:
+    from model.benchmark_report import engine_table
+
     height, width = document["frame"]
     lines = [
         f"{document['backbone']}, weights {document['weights']}, input size {document['input_size']}, on "
         f"{document['device']} with {document['threads']} threads; {document['frames']} frames of "
         f"{width}×{height}, median of {document['rounds']} rounds",
         "",
-        "| engine | ms a frame | encode | window | times as fast | encodes | cached | flipped | IoU | MiB "
-        "| on the GPU |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        *engine_table(document["engines"]),
     ]
-    for figures in document["engines"]:
-        low, high = min(figures["ratios"]), max(figures["ratios"])
-        lines.append(
-            f"| {figures['name']} | {figures['ms_per_frame']:.0f} | {figures['encode_ms']:.0f} "
-            f"| {figures['window_ms']:.0f} | {figures['ratio']:.2f} ({low:.2f}-{high:.2f}) "
-            f"| {figures['encodes_per_frame']:.1f} | {figures['cached_frames']} | {figures['flipped']:.3%} "
-            f"| {figures['iou']:.4f} | {figures['memory_mib']:.0f} | {figures['device_mib']:.0f} |"
-        )
     job = document["job"]
     stages = ", ".join(
         f"{name.removesuffix('_s')} {1000 * job[name] / document['frames']:.1f}"
