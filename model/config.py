@@ -79,9 +79,9 @@ def usual_config(backbone: BackboneName) -> IMCNetConfig:
         return IMCNetConfig(backbone)
     return IMCNetConfig(
         backbone,
-        alignment_stages=1,  # more gave nothing beside the motion cue: see docs/training.md
+        variant="no_acm",  # this and a single stage: see docs/training.md
+        alignment_stages=1,
         normalisation="centred",
         whitening=True,
-        affinity_blend=True,
         motion_cue=True,
     )

@@ -24,7 +24,7 @@ from model.cuda_runners import (
     new_stream,
     stack_into,
 )
-from model.engine import convolutions, fold_batch_norms, frame_of, maps_of
+from model.engine import convolutions, fold_batch_norms, frame_of, maps_of, window_of
 from model.errors import DeviceError
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import STATISTICS
@@ -33,7 +33,6 @@ Capture = Literal["graphs", "eager"]
 Entry = TypeVar("Entry")
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_MAPS_A_FRAME = 5
 
 
 class CudaEngine:
@@ -156,7 +155,7 @@ class CudaEngine:
         return self._encoders[shape]
 
     def _decoder(self, bucket: int, frame: FrameFeatures) -> Runner:
-        key = (bucket, *frame.pyramid.v2.shape[-2:])
+        key = (bucket, *maps_of(frame)[0].shape[-2:])
         if key not in self._decoders:
             static = tuple(
                 level.new_empty((bucket, *level.shape[1:])).to(memory_format=torch.channels_last).zero_()
@@ -173,11 +172,8 @@ class CudaEngine:
         return maps_of(frame)
 
     def _decode(self, *maps: Tensor) -> Maps:
-        starts = range(0, len(maps), _MAPS_A_FRAME)
         with convolutions(self.device, benchmark=True):
-            logits = self._network.decode_window(
-                [frame_of(maps[start : start + _MAPS_A_FRAME]) for start in starts]
-            )
+            logits = self._network.decode_window(window_of(maps, self._num_frames))
         return (foreground_probability(logits.float()),)
 
     def _on_device(self) -> AbstractContextManager[object]:

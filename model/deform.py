@@ -96,10 +96,14 @@ def _tap_positions(height: int, width: int, like: Tensor) -> tuple[Tensor, Tenso
         x then y, from -1 to 1 between the map's outer edges as for ``grid_sample``, ``(9, 2, h, w)``; and the
         length of a pixel's sides, ``(2, 1, 1)``.
     """
-    along = {"dtype": like.dtype, "device": like.device}
-    taps = torch.arange(-1, 2, **along)
-    x = (2 * (taps.view(3, 1) + torch.arange(width, **along)) + 1) / width - 1
-    y = (2 * (taps.view(3, 1) + torch.arange(height, **along)) + 1) / height - 1
+    taps, columns, rows = (
+        torch.arange(start, stop, dtype=like.dtype, device=like.device)
+        for start, stop in ((-1, 2), (0, width), (0, height))
+    )
+    x = (2 * (taps.view(3, 1) + columns) + 1) / width - 1
+    y = (2 * (taps.view(3, 1) + rows) + 1) / height - 1
     size = (3, 3, height, width)
-    positions = torch.stack([x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2)
-    return positions.view(9, 2, height, width), torch.tensor([2 / width, 2 / height], **along).view(2, 1, 1)
+    positions = torch.stack(
+        [x.view(1, 3, 1, width).expand(size), y.view(3, 1, height, 1).expand(size)], dim=2
+    )
+    return positions.view(9, 2, height, width), like.new_tensor([2 / width, 2 / height]).view(2, 1, 1)

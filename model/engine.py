@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from model.imcnet import FrameFeatures, IMCNet, foreground_probability
+from model.imcnet import DecodedFrame, EncodedFrame, FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
 from model.pyramid import FoldedWhitening, Pyramid, Whitening
 
@@ -111,9 +111,10 @@ def convolutions(device: torch.device, *, benchmark: bool = False) -> AbstractCo
 
 def split_frames(features: FrameFeatures) -> list[FrameFeatures]:
     """Part a batch into its frames; they share the batch's memory."""
-    if len(features.key) == 1:
+    maps = maps_of(features)
+    if len(maps[0]) == 1:
         return [features]
-    levels = (torch.split(maps, 1) for maps in maps_of(features))
+    levels = (torch.split(level, 1) for level in maps)
     return [frame_of(maps) for maps in zip(*levels, strict=True)]
 
 
@@ -126,14 +127,25 @@ def merge_frames(frames: Sequence[FrameFeatures]) -> FrameFeatures:
 
 
 def maps_of(frame: FrameFeatures) -> tuple[Tensor, ...]:
-    """V2 to V5 and the key, for what knows tensors alone."""
-    return (*frame.pyramid, frame.key)
+    """The maps in a fixed order, for what knows tensors alone; the first one is at stride 4."""
+    if isinstance(frame, EncodedFrame):
+        return (*frame.pyramid, frame.key)
+    return (frame.features,) if frame.v3 is None else (frame.features, frame.v3)
 
 
 def frame_of(maps: Sequence[Tensor]) -> FrameFeatures:
     """Undo ``maps_of``."""
-    *pyramid, key = maps
-    return FrameFeatures(Pyramid(*pyramid), key)
+    if len(maps) > 2:
+        *pyramid, key = maps
+        return EncodedFrame(Pyramid(*pyramid), key)
+    features, *v3 = maps
+    return DecodedFrame(features, v3[0] if v3 else None)
+
+
+def window_of(maps: Sequence[Tensor], num_frames: int) -> list[FrameFeatures]:
+    """Undo ``maps_of`` for the frames of a window, whose maps stand one frame after the other."""
+    count = len(maps) // num_frames
+    return [frame_of(maps[start : start + count]) for start in range(0, len(maps), count)]
 
 
 def fold_batch_norms(network: IMCNet) -> IMCNet:

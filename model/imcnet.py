@@ -32,8 +32,8 @@ SIZE_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
-class FrameFeatures:
-    """All that a window needs of a frame, whatever the window.
+class EncodedFrame:
+    """What a window needs of a frame where ACM enhances each frame by the others.
 
     Args:
         pyramid: Backbone maps V2 to V5.
@@ -42,6 +42,22 @@ class FrameFeatures:
 
     pyramid: Pyramid
     key: Tensor
+
+
+@dataclass(frozen=True)
+class DecodedFrame:
+    """What a window needs of a frame without ACM: APM then depends on that frame alone.
+
+    Args:
+        features: P2, ``(B, C, H/4, W/4)``.
+        v3: Backbone map V3; None unless the network has the motion cue.
+    """
+
+    features: Tensor
+    v3: Tensor | None
+
+
+FrameFeatures = EncodedFrame | DecodedFrame
 
 
 class Prediction(NamedTuple):
@@ -77,8 +93,11 @@ class IMCNet(nn.Module):
             raise ValueError(f"IMCNet is the full network; build_network builds {self.config.variant!r}")
         num_frames = self.config.num_frames
         self.backbone = build_backbone(self.config.backbone)
-        self.key_encoder = conv3x3(self.backbone.channels[-1], KEY_CHANNELS)
-        self.affinity = Affinity(num_frames * KEY_CHANNELS, blended=self.config.affinity_blend)
+        # The variant without ACM has neither.
+        self.key_encoder: nn.Module | None = conv3x3(self.backbone.channels[-1], KEY_CHANNELS)
+        self.affinity: Affinity | None = Affinity(
+            num_frames * KEY_CHANNELS, blended=self.config.affinity_blend
+        )
         self.propagation = AttentionPropagation(self.backbone.channels)
         self.alignment = CascadedAlignment(self.config.alignment_stages)
         self.compensation = Compensation(num_frames)
@@ -98,7 +117,10 @@ class IMCNet(nn.Module):
             ValueError: ``images`` has another shape.
         """
         pyramid = self._pyramid(images)
-        return FrameFeatures(pyramid, self.key_encoder(pyramid.v5))
+        if self.key_encoder is None:
+            v3 = None if self.cue is None else pyramid.v3
+            return DecodedFrame(self._decode_alone(pyramid).features, v3)
+        return EncodedFrame(pyramid, self.key_encoder(pyramid.v5))
 
     def decode_window(self, window: Sequence[FrameFeatures]) -> Tensor:
         """Segment the middle frame of a window; computes nothing but what its mask needs.
@@ -112,8 +134,16 @@ class IMCNet(nn.Module):
         Raises:
             ValueError: The window does not hold exactly ``num_frames`` entries.
         """
-        decoded = self._propagate(window)
-        return self._compensate(decoded.features, window)
+        if len(window) != self.config.num_frames:
+            raise ValueError(f"a window holds {self.config.num_frames} frames, got {len(window)}")
+        if self.affinity is None:
+            alone = cast("Sequence[DecodedFrame]", window)
+            features = torch.stack([frame.features for frame in alone], dim=1)
+            return self._compensate(features, [frame.v3 for frame in alone])
+        encoded = cast("Sequence[EncodedFrame]", window)
+        pyramids = [frame.pyramid for frame in encoded]
+        decoded = self._propagate(pyramids, [frame.key for frame in encoded])
+        return self._compensate(self._by_frame(decoded.features), [pyramid.v3 for pyramid in pyramids])
 
     def forward(self, windows: Tensor) -> Prediction:
         """Segment windows and keep the side masks.
@@ -128,10 +158,12 @@ class IMCNet(nn.Module):
         if windows.dim() != 5 or windows.shape[1] != num_frames:
             raise ValueError(f"expected windows (B, {num_frames}, 3, H, W), got {tuple(windows.shape)}")
         # One frame at a time, not T x B at once: in training, batch norm takes its statistics per frame.
-        window = [self.encode_frame(images) for images in windows.unbind(1)]
-        decoded = self._propagate(window)
+        pyramids = [self._pyramid(images) for images in windows.unbind(1)]
+        keys = None if self.key_encoder is None else [self.key_encoder(pyramid.v5) for pyramid in pyramids]
+        decoded = self._propagate(pyramids, keys)
         side_masks = self.propagation.side_masks(decoded, windows.shape[-2:])
-        return Prediction(self._compensate(decoded.features, window), _split_frames(side_masks, num_frames))
+        logits = self._compensate(self._by_frame(decoded.features), [pyramid.v3 for pyramid in pyramids])
+        return Prediction(logits, self._by_frame(side_masks))
 
     def segment_image(self, images: Tensor) -> Prediction:
         """Segment still images, which know no motion: both ACM and MCM are passed by.
@@ -145,8 +177,7 @@ class IMCNet(nn.Module):
         Raises:
             ValueError: ``images`` has another shape.
         """
-        pyramid = self._pyramid(images)
-        decoded = self.propagation(pyramid, torch.ones_like(pyramid.v5))
+        decoded = self._decode_alone(self._pyramid(images))
         logits = self.segmentation(decoded.features)
         return Prediction(logits, self.propagation.side_masks(decoded, images.shape[-2:]).unsqueeze(1))
 
@@ -156,7 +187,7 @@ class IMCNet(nn.Module):
         Returns:
             Foreground logits, ``(B, 1, H/4, W/4)``.
         """
-        decoded = self.propagation(frame.pyramid, torch.ones_like(frame.pyramid.v5))
+        decoded = frame if isinstance(frame, DecodedFrame) else self._decode_alone(frame.pyramid)
         logits: Tensor = self.segmentation(decoded.features)
         return logits
 
@@ -169,27 +200,32 @@ class IMCNet(nn.Module):
         pyramid: Pyramid = self.backbone(images)
         return pyramid if self.whitening is None else self.whitening(pyramid)
 
-    def _propagate(self, window: Sequence[FrameFeatures]) -> "Propagated":
-        """Run ACM and APM; the frames of all windows leave as one batch, ``(B * T, ...)``."""
-        if len(window) != self.config.num_frames:
-            raise ValueError(f"a window holds {self.config.num_frames} frames, got {len(window)}")
-        keys = torch.stack([frame.key for frame in window], dim=1)
-        maps = zip(*(frame.pyramid for frame in window), strict=True)
-        v2, v3, v4, v5 = (torch.stack(frames, dim=1) for frames in maps)
-        enhanced = self.affinity(keys, v5)
+    def _decode_alone(self, pyramid: Pyramid) -> "Propagated":
+        """Run APM on images by themselves: Z is 1."""
+        decoded: Propagated = self.propagation(pyramid, torch.ones_like(pyramid.v5))
+        return decoded
+
+    def _propagate(self, pyramids: Sequence[Pyramid], keys: Sequence[Tensor] | None) -> "Propagated":
+        """Run ACM, if any, and APM; the frames of all windows leave as one batch, ``(B * T, ...)``."""
+        v2, v3, v4, v5 = (torch.stack(frames, dim=1) for frames in zip(*pyramids, strict=True))
         pyramid = Pyramid(*(level.flatten(0, 1) for level in (v2, v3, v4, v5)))
+        if self.affinity is None or keys is None:
+            return self._decode_alone(pyramid)
+        enhanced = self.affinity(torch.stack(tuple(keys), dim=1), v5)
         decoded: Propagated = self.propagation(pyramid, enhanced.flatten(0, 1))
         return decoded
 
-    def _compensate(self, features: Tensor, window: Sequence[FrameFeatures]) -> Tensor:
-        """Run MCM on P2 of all frames, ``(B * T, C, h, w)``; returns the logits of the centre frames."""
-        frames = _split_frames(features, self.config.num_frames)
+    def _by_frame(self, maps: Tensor) -> Tensor:
+        return _split_frames(maps, self.config.num_frames)
+
+    def _compensate(self, frames: Tensor, v3: Sequence[Tensor | None]) -> Tensor:
+        """Run MCM on P2 of all frames, ``(B, T, C, h, w)``; returns the logits of the centre frames."""
         aligned = self.alignment(frames)
         if self.cue is None:
             fused = self.compensation(aligned)
         else:
-            before, centre, after = (window[place].pyramid.v3 for place in (0, len(window) // 2, -1))
-            cue = self.cue(before, centre, after, frames[:, len(window) // 2])
+            centre = len(v3) // 2
+            cue = self.cue(v3[0], v3[centre], v3[-1], frames[:, centre])
             fused = self.compensation(aligned, cue)
         logits: Tensor = self.segmentation(fused)
         return logits

@@ -166,7 +166,7 @@ def expected_flow(correlation: Tensor) -> tuple[Tensor, Tensor]:
     moments = torch.cat([displacements, displacements.square().sum(0, keepdim=True)])
     probability = torch.softmax(correlation * SHARPNESS, dim=1)
     means = (moments @ probability.flatten(2)).view(-1, 3, *correlation.shape[-2:])
-    flow, squares = means.split([2, 1], dim=1)
+    flow, squares = torch.split(means, [2, 1], dim=1)
     variance = (squares - flow.square().sum(1, keepdim=True)).clamp(min=0)
     return flow, 1 / (1 + variance)
 

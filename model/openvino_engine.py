@@ -25,7 +25,7 @@ sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
 import openvino
 
 from model.agreement import EXACT_GATE, FAST_GATE, Agreement, Gate, measure_agreement
-from model.engine import fold_batch_norms, frame_of, maps_of
+from model.engine import fold_batch_norms, frame_of, maps_of, window_of
 from model.errors import EngineUnavailable
 from model.imcnet import FrameFeatures, IMCNet, foreground_probability
 from model.preprocess import normalise
@@ -35,7 +35,7 @@ Precision = Literal["float32", "bfloat16"]
 
 logger = logging.getLogger(__name__)
 
-_FORMAT = 3  # of the files; also to be raised when the network itself changes
+_FORMAT = 4  # of the files; also to be raised when the network itself changes
 _GATES: Mapping[Precision, Gate] = {"float32": EXACT_GATE, "bfloat16": FAST_GATE}
 _HINTS: Mapping[Precision, str] = {"float32": "f32", "bfloat16": "bf16"}
 _CAPABILITY: Mapping[Precision, str] = {"float32": "FP32", "bfloat16": "BF16"}
@@ -271,9 +271,8 @@ class _Window(nn.Module):
         self.network = network
 
     def forward(self, *maps: Tensor) -> Tensor:
-        count = len(maps) // self.network.config.num_frames
-        frames = [frame_of(maps[start : start + count]) for start in range(0, len(maps), count)]
-        return foreground_probability(self.network.decode_window(frames))
+        window = window_of(maps, self.network.config.num_frames)
+        return foreground_probability(self.network.decode_window(window))
 
 
 def _convert(network: IMCNet, input_size: int) -> Iterator[tuple[str, openvino.Model]]:

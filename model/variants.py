@@ -75,9 +75,9 @@ def row_of(config: IMCNetConfig, quality: Quality) -> str:
 def build_network(config: IMCNetConfig) -> IMCNet:
     """Build the network that ``config`` describes, randomly initialised.
 
-    ``no_acm`` lets Z be 1, as for still images. ``no_key_encoder`` takes V5 itself for the keys, so that P
-    and Q of Eq. 2 grow to T * C_v channels. ``no_tsc`` fuses the aligned frames, side by side, by one 3x3
-    convolution without an activation.
+    ``no_acm`` lets Z be 1, as for still images; a frame's P2 is then the same in every window.
+    ``no_key_encoder`` takes V5 itself for the keys, so that P and Q of Eq. 2 grow to T * C_v channels.
+    ``no_tsc`` fuses the aligned frames, side by side, by one 3x3 convolution without an activation.
 
     A part that is exchanged keeps its name. The others start as those of the full network do from the same
     random state.
@@ -87,8 +87,7 @@ def build_network(config: IMCNetConfig) -> IMCNet:
     channels = network.backbone.channels
     match config.variant:
         case "no_acm":
-            network.set_submodule("key_encoder", nn.Identity())
-            network.set_submodule("affinity", NoAffinity())
+            network.key_encoder = network.affinity = None
         case "no_key_encoder":
             network.set_submodule("key_encoder", nn.Identity())
             affinity = Affinity(config.num_frames * channels[-1], blended=config.affinity_blend)
@@ -102,14 +101,6 @@ def build_network(config: IMCNetConfig) -> IMCNet:
             fusion = conv3x3(config.num_frames * CHANNELS, CHANNELS)
             network.set_submodule("compensation", nn.Sequential(nn.Flatten(1, 2), fusion))
     return network
-
-
-class NoAffinity(nn.Module):
-    """Stands in for ``Affinity`` where nothing is shared between frames."""
-
-    def forward(self, keys: Tensor, v5: Tensor) -> Tensor:
-        """Args: as those of ``Affinity``. Returns Z = 1 in the shape of ``v5``."""
-        return torch.ones_like(v5)
 
 
 class PyramidDecoder(nn.Module):

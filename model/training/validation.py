@@ -105,7 +105,7 @@ def _input(network: IMCNet, sample: Sample) -> Tensor:
 
 
 def _window_logits(network: IMCNet, frames: Tensor) -> Tensor:
-    return network.decode_window([network.encode_frame(frame) for frame in frames.split(1)])
+    return network.decode_window([network.encode_frame(frame) for frame in torch.split(frames, 1)])
 
 
 def _mask(logits: Tensor) -> Tensor:

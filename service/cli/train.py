@@ -158,13 +158,13 @@ def train(
         davis16=davis16, youtube_vos=youtube_vos, youtube_objects=youtube_objects, duts=duts
     )
     with joined(resolve_device(device)) as own_device:
-        data = Sources(roots, config, stage, single_object_list, preload).data()
+        sources = Sources(roots, config, stage, single_object_list, preload)
         network = load_weights(init)[0] if init else new_network(config, start, seed=stage.seed)
         claim_folder(out, {"start": started_from})
         run = Training(
             network,
             stage,
-            data,
+            sources.data(),
             info=info,
             folder=out,
             device=own_device,

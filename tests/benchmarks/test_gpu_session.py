@@ -21,7 +21,11 @@ ABSENT = ("av", "fastapi", "openvino", "pydantic", "pydantic_settings", "redis",
 def gpu_session(*options: str | Path, absent: Path | None = None) -> subprocess.CompletedProcess[str]:
     path = [*([str(absent)] if absent else []), str(REPOSITORY)]
     # Without plugins, pytest is that of a bare machine.
-    bare = {"PYTHONPATH": os.pathsep.join(path), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "OMP_NUM_THREADS": "1"}
+    bare = {
+        "PYTHONPATH": os.pathsep.join(path),
+        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     return subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_session", *map(str, options)],
         cwd=REPOSITORY,
@@ -57,7 +61,9 @@ def absent(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def results(packed: Path, absent: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("results")
     out = folder / "out"
-    done = gpu_session("run", packed, "--out", out, "--work", folder / "run", "--device", "cpu", absent=absent)
+    done = gpu_session(
+        "run", packed, "--out", out, "--work", folder / "run", "--device", "cpu", absent=absent
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout == (out / "report.txt").read_text()
     return out
