@@ -24,7 +24,6 @@ from model.backbone import ResNetPyramid
 from model.deform import DeformableConv
 from model.engine import Engine, convolutions
 from model.imcnet import (
-    Affinity,
     AlignmentStage,
     FrameFeatures,
     IMCNet,
@@ -302,7 +301,7 @@ def _resident_mib(name: str) -> float:
 def untrained_network(config: IMCNetConfig, frames: Sequence[Frame], input_size: int) -> IMCNet:
     """A network with random weights that do something everywhere, the same in every run.
 
-    As initialised, residual branches, offsets, blend and the cue's weights are zero, and masks flat: that
+    As initialised, residual branches, offsets and the cue's weights are zero, and masks flat: that
     costs as much, but would not tell right masks from wrong ones. Here offsets are of about a pixel, and half
     of ``frames[0]`` is foreground. More pixels are near the threshold than with trained weights.
     """
@@ -330,7 +329,5 @@ def _let_all_parts_act(network: IMCNet, image: Tensor) -> None:
         elif isinstance(module, SpatialAttention) and network.cue is not None:
             for conv in (module.features, module.attention):
                 conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
-        elif isinstance(module, Affinity) and module.blend is not None:
-            module.blend.fill_(0.5)
     if network.whitening is not None:
         network.whitening.measure([network.backbone(image.unsqueeze(0))])

@@ -22,8 +22,6 @@ class IMCNetConfig:
             with ImageNet's statistics, ``centred`` is (x - 127) / 128.
         whitening: Whether V2 to V4 become W(V) and V5 becomes 2.5 ReLU(W(V5)), where W(V) is
             (V - mean) / sqrt(variance + 1e-5) by channel with fixed statistics; otherwise V stays V.
-        affinity_blend: Whether Eq. 5 becomes Z = 1 + b (V5 S - 1), with a learned scalar b that starts at 0,
-            where Z is that of still images; otherwise Z = V5 S, which is b = 1.
         motion_cue: Whether the fusion takes 64 more maps, which say what moves against the camera: softmax
             (25 C) of the correlation C(p, d) = <V3(p), V3'(p + d)> over displacements d gives the expected
             flow F(p) and its confidence, an affine camera motion A is fitted to F, and convolutions read
@@ -41,7 +39,6 @@ class IMCNetConfig:
     alignment_stages: int = 4
     normalisation: Normalisation = "imagenet"
     whitening: bool = False
-    affinity_blend: bool = False
     motion_cue: bool = False
 
     def __post_init__(self) -> None:
@@ -64,11 +61,9 @@ class IMCNetConfig:
             raise ValueError(
                 f"normalisation must be one of {', '.join(normalisations)}, got {self.normalisation!r}"
             )
-        for name in ("whitening", "affinity_blend", "motion_cue"):
+        for name in ("whitening", "motion_cue"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
-        if self.affinity_blend and self.variant == "no_acm":
-            raise ValueError("affinity_blend needs the affinity, which variant no_acm lacks")
         if self.motion_cue and self.variant == "no_tsc":
             raise ValueError("motion_cue needs the spatial attention, which variant no_tsc lacks")
 

@@ -95,9 +95,7 @@ class IMCNet(nn.Module):
         self.backbone = build_backbone(self.config.backbone)
         # The variant without ACM has neither.
         self.key_encoder: nn.Module | None = conv3x3(self.backbone.channels[-1], KEY_CHANNELS)
-        self.affinity: Affinity | None = Affinity(
-            num_frames * KEY_CHANNELS, blended=self.config.affinity_blend
-        )
+        self.affinity: Affinity | None = Affinity(num_frames * KEY_CHANNELS)
         self.propagation = AttentionPropagation(self.backbone.channels)
         self.alignment = CascadedAlignment(self.config.alignment_stages)
         self.compensation = Compensation(num_frames)
@@ -255,14 +253,12 @@ class Affinity(nn.Module):
 
     Args:
         channels: Of the keys of all frames of a window together, T * C_k.
-        blended: Whether there is the scalar b of ``IMCNetConfig.affinity_blend``, ``blend``.
     """
 
-    def __init__(self, channels: int, *, blended: bool = False) -> None:
+    def __init__(self, channels: int) -> None:
         super().__init__()
         self.left = conv1x1(channels, channels)
         self.right = conv1x1(channels, channels)
-        self.blend = nn.Parameter(torch.zeros(())) if blended else None
 
     def weights(self, keys: Tensor) -> Tensor:
         """Compute the normalised affinity S^r (Eq. 1-4).
@@ -288,8 +284,7 @@ class Affinity(nn.Module):
         Returns:
             Attention-enhanced Z, ``(B, T, C_v, h, w)``.
         """
-        enhanced = (v5.flatten(1, 2).flatten(2) @ self.weights(keys)).reshape(v5.shape)
-        return enhanced if self.blend is None else 1 + self.blend * (enhanced - 1)
+        return (v5.flatten(1, 2).flatten(2) @ self.weights(keys)).reshape(v5.shape)
 
 
 # ---- APM: attention propagation -----------------------------------------------------------------------

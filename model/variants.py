@@ -90,8 +90,7 @@ def build_network(config: IMCNetConfig) -> IMCNet:
             network.key_encoder = network.affinity = None
         case "no_key_encoder":
             network.set_submodule("key_encoder", nn.Identity())
-            affinity = Affinity(config.num_frames * channels[-1], blended=config.affinity_blend)
-            network.set_submodule("affinity", affinity)
+            network.affinity = Affinity(config.num_frames * channels[-1])
         case "fpn":
             network.set_submodule("propagation", PyramidDecoder(channels))
         case "regular_conv":

@@ -235,7 +235,7 @@ def _assemble(
 
 
 def _options(config: IMCNetConfig) -> str:
-    names = ("whitening", "affinity_blend", "motion_cue")
+    names = ("whitening", "motion_cue")
     return "".join(f", {name}" for name in names if getattr(config, name))
 
 

@@ -63,7 +63,6 @@ class GroupRates:
         motion: Alignment except its offsets, compensation, motion cue and head.
         slow: Key encoder, affinity and alignment offsets. At the decoder's rate, the offsets leave the map
             and the affinity becomes one-hot.
-        blend: Share of the affinity in Z.
         top: Last block of the backbone.
         blocks: Other blocks of the backbone, from ``first_block``.
         first_block: Index of the lowest block that trains; those below are frozen.
@@ -72,7 +71,6 @@ class GroupRates:
     decoder: float = 0
     motion: float = 0
     slow: float = 0
-    blend: float = 0
     top: float = 0
     blocks: float = 0
     first_block: int = 0
@@ -81,8 +79,6 @@ class GroupRates:
         first, _, rest = parameter.partition(".")
         if first == "backbone":
             return self._of_block(rest, last_block)
-        if parameter == "affinity.blend":
-            return self.blend
         if first in ("key_encoder", "affinity") or re.match(r"alignment\.stages\.\d+\.offsets\.", parameter):
             return self.slow
         return self.decoder if first == "propagation" else self.motion
@@ -343,7 +339,7 @@ RECIPES: dict[str, Recipe] = {
                 name="joint",
                 steps=1500,
                 rates=GroupRates(
-                    decoder=5e-5, motion=1e-4, slow=1e-5, blend=2e-3, top=2.5e-5, blocks=1e-5, first_block=8
+                    decoder=5e-5, motion=1e-4, slow=1e-5, top=2.5e-5, blocks=1e-5, first_block=8
                 ),
                 sizes=(320, 352, 384),
                 windows_per_step=2,

@@ -280,8 +280,7 @@ class Training:
     def _write(self, log: TrainingLog, events: "SummaryWriter | None") -> None:
         """Log the steps since the last line."""
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        blend = dict(self.network.named_parameters()).get("affinity.blend")
-        line = log.write(self.step, rates, self._measured, None if blend is None else float(blend.detach()))
+        line = log.write(self.step, rates, self._measured)
         if events is not None:
             events.add_scalar("training/loss", sum(line["loss"].values()), self.step)
             for name, value in zip(("highest", "lowest"), line["rates"], strict=True):

@@ -19,7 +19,7 @@ class TrainingLog:
     Every line has: ``phase``, ``step`` (the last one), ``steps`` (how many it covers), means over these of
     ``loss`` by part and of ``gradient_norm``, ``seconds_per_step`` and ``core_seconds_per_step``, ``rates``
     (highest and lowest), and as measured in the last step ``offsets`` (mean |offset| by alignment stage, in
-    pixels), ``affinity`` (largest weight, see ``Measurements``) and ``blend``.
+    pixels) and ``affinity`` (largest weight, see ``Measurements``).
 
     Args:
         path: File of the run; phases share it.
@@ -37,9 +37,7 @@ class TrainingLog:
             self._losses[part].append(loss)
         self._norms.append(gradient_norm)
 
-    def write(
-        self, step: int, rates: list[float], measured: Measurements, blend: float | None
-    ) -> dict[str, Any]:
+    def write(self, step: int, rates: list[float], measured: Measurements) -> dict[str, Any]:
         """Append a line about all steps since the last one, and return it."""
         steps = len(self._norms)
         line = {
@@ -50,7 +48,6 @@ class TrainingLog:
             "gradient_norm": _rounded(np.mean(self._norms)),
             "offsets": [_rounded(offset) for offset in measured.offsets],
             "affinity": _rounded(measured.affinity),
-            "blend": _rounded(blend),
             "rates": [max(rates), min(rates)],
             "seconds_per_step": _rounded((time.monotonic() - self._began) / steps),
             "core_seconds_per_step": _rounded((time.process_time() - self._cpu_began) / steps),

@@ -44,9 +44,6 @@ def init(
         ),
     ] = None,
     whitening: Annotated[bool | None, typer.Option(help=f"Whitened backbone maps. {_NOT_THE_PAPERS}")] = None,
-    affinity_blend: Annotated[
-        bool | None, typer.Option(help=f"Learned share of the affinity in Z. {_NOT_THE_PAPERS}")
-    ] = None,
     motion_cue: Annotated[
         bool | None, typer.Option(help=f"Motion against the camera, for the fusion. {_NOT_THE_PAPERS}")
     ] = None,
@@ -64,7 +61,6 @@ def init(
         alignment_stages=alignment_stages,
         normalisation=normalisation,
         whitening=whitening,
-        affinity_blend=affinity_blend,
         motion_cue=motion_cue,
     )
     init_weights(out, config, seed)

@@ -20,22 +20,23 @@ MakeFrames = Callable[..., list[NDArray[np.uint8]]]
 def _make_network(
     num_frames: int = 3,
     frame_stride: int = 4,
-    variant: Variant = "full",
-    alignment_stages: int = 4,
+    variant: Variant | None = None,
+    alignment_stages: int | None = None,
     seed: int = 0,
     backbone: BackboneName = "resnet18",
 ) -> IMCNet:
     """A small network that does something everywhere: no branch silent, offsets of about a pixel, and
     about as much foreground as background. Untrained networks show one flat mask, which proves little.
-    An EfficientNet-Lite comes with all options."""
+    What is None is that of the backbone's usual configuration."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
+        usual = usual_config(backbone)
         config = replace(
-            usual_config(backbone),
+            usual,
             num_frames=num_frames,
             frame_stride=frame_stride,
-            variant=variant,
-            alignment_stages=alignment_stages,
+            variant=variant or usual.variant,
+            alignment_stages=alignment_stages or usual.alignment_stages,
         )
         network = build_network(config).eval()
         for module in network.modules():
@@ -68,8 +69,7 @@ def _use_options(network: IMCNet) -> None:
     if network.cue is not None:
         for conv in (network.compensation.spatial.features, network.compensation.spatial.attention):
             conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
-    if network.config.affinity_blend:
-        network.affinity.blend.fill_(0.3)
+        network.compensation.trust.weight.normal_(std=0.05)
 
 
 @pytest.fixture(scope="session")
@@ -91,7 +91,7 @@ def network64() -> IMCNet:
 
 @pytest.fixture(scope="session")
 def lite_network() -> IMCNet:
-    """On EfficientNet-Lite0, with all options of the configuration. Shared like ``network``."""
+    """The usual one on EfficientNet-Lite0: without ACM, with all options. Shared like ``network``."""
     return _make_network(backbone="efficientnet_lite0")
 
 

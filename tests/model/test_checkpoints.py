@@ -76,7 +76,7 @@ def test_a_name_of_no_module_is_refused() -> None:
         release_name("propagation.level9.merge.conv1.weight")
 
 
-@pytest.mark.parametrize("backbone", get_args(BackboneName))
+@pytest.mark.parametrize("backbone", [name for name in get_args(BackboneName) if name.startswith("resnet")])
 def test_the_backbone_is_told_from_the_names(backbone: BackboneName) -> None:
     assert infer_backbone(_released(_meta(backbone)).keys()) == backbone
 

@@ -1,3 +1,4 @@
+import math
 from collections.abc import Callable
 
 import pytest
@@ -5,8 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.config import IMCNetConfig
-from model.imcnet import IMCNet
+from model.imcnet import Compensation, DecodedFrame, IMCNet
 from model.layers import widen
 from model.motion_cue import (
     CUE_CHANNELS,
@@ -18,7 +18,6 @@ from model.motion_cue import (
     measure,
     solve_symmetric,
 )
-from model.variants import build_network
 
 HEIGHT, WIDTH = 20, 26
 INNER = (..., slice(RADIUS + 1, -RADIUS - 1), slice(RADIUS + 1, -RADIUS - 1))
@@ -128,9 +127,9 @@ def test_measuring_is_in_float32_whatever_autocast_says_and_in_float64_with_such
 
 def test_the_cue_learns_and_its_input_does_not() -> None:
     torch.manual_seed(0)
-    cue = MotionCue()
-    frames = _random(3, 1, 16, 12, 12).requires_grad_()
-    cue(*frames.unbind()).sum().backward()
+    cue = MotionCue(16, 64)
+    frames = _random(2, 1, 16, 12, 12).requires_grad_()
+    cue(frames[0], frames[1].detach(), frames[0], _random(1, 64, 24, 24)).sum().backward()
     assert frames.grad is None
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in cue.parameters())
 
@@ -149,24 +148,29 @@ def test_a_widened_convolution_ignores_what_it_takes_in_addition() -> None:
     assert conv.weight.grad[:, 5:].any()
 
 
-def _built(**options: bool) -> IMCNet:
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(2)
-        return build_network(IMCNetConfig("resnet18", **options)).double().eval()
-
-
-def test_at_first_the_cue_leaves_the_papers_output_as_it_is() -> None:
-    windows = _random(1, 3, 3, 64, 64).double()
+@pytest.mark.parametrize(("bias", "trust"), [(0.0, 0.5), (1.5, 1 / (1 + math.exp(-1.5)))])
+def test_the_fusion_counts_as_much_as_the_cue_trusts_it(bias: float, trust: float) -> None:
+    torch.manual_seed(2)
+    with_cue, without = (Compensation(3).double() for _ in range(2))
+    with_cue.load_state_dict(without.state_dict())
+    with_cue.take_cue()
+    assert with_cue.trust is not None
+    with_cue.double()
     with torch.inference_mode():
-        expected, found = (_built(motion_cue=cue)(windows).logits for cue in (False, True))
-    torch.testing.assert_close(found, expected)
+        with_cue.trust.bias.fill_(bias)
+        frames, cue = _random(1, 3, 64, 8, 8).double(), _random(1, CUE_CHANNELS, 4, 4).double()
+        centre = frames[:, 1]
+        expected = centre + trust * (without(frames) - centre)
+        torch.testing.assert_close(with_cue(frames, cue), expected)
 
 
 def test_in_a_wide_window_the_cue_sees_first_centre_and_last(make_network: Callable[..., IMCNet]) -> None:
     network = make_network(num_frames=5, backbone="efficientnet_lite0")
+    assert network.cue is not None
     with torch.inference_mode():
         frames = [network.encode_frame(images) for images in _random(5, 1, 3, 64, 64)]
-        expected = network.cue(*(frames[place].pyramid.v3 for place in (0, 2, 4)))
+        decoded = [frame for frame in frames if isinstance(frame, DecodedFrame)]
+        expected = network.cue(*(decoded[place].v3 for place in (0, 2, 4)), decoded[2].features)
         taken: list[Tensor] = []
         hook = network.cue.register_forward_hook(lambda module, inputs, output: taken.append(output))
         network.decode_window(frames)

@@ -62,7 +62,7 @@ def test_weights_come_back_bit_by_bit(path: Path, network: IMCNet) -> None:
 
 
 def test_a_file_from_before_the_options_is_that_of_the_papers_network(path: Path, network: IMCNet) -> None:
-    options = ("normalisation", "whitening", "affinity_blend", "motion_cue")
+    options = ("normalisation", "whitening", "motion_cue")
     _rewrite(path, lambda tensors, fields: [fields["config"].pop(option) for option in options])
     assert "whitening" not in path.read_bytes()[:2000].decode(errors="ignore")
     loaded, info = load_weights(path)
@@ -86,7 +86,7 @@ def test_weights_of_other_options_are_refused(tmp_path: Path, lite_network: IMCN
     save_weights(tmp_path / "w", lite_network, replace(INFO, config=lite_network.config))
     _rewrite(tmp_path / "w", lambda tensors, fields: fields["config"].update(motion_cue=False))
     message = _refusal(tmp_path / "w")
-    assert "4 alignment stages, whitening, affinity_blend: left over: cue.embed.0.bias, " in message
+    assert "4 alignment stages, whitening: left over: cue.embed.0.bias, " in message
     assert (
         "compensation.spatial.features.weight: expected (64, 192, 1, 1) float32, got (64, 256, 1, 1)"
         in message

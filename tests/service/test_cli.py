@@ -285,11 +285,11 @@ def test_new_weights_can_be_those_of_an_ablation(tmp_path: Path) -> None:
 
 def test_new_weights_can_have_the_options_that_are_not_the_papers(tmp_path: Path) -> None:
     path = tmp_path / "new.safetensors"
-    options = ("--backbone", "efficientnet_lite0", "--no-affinity-blend", "--num-frames", 5)
+    options = ("--backbone", "efficientnet_lite0", "--no-whitening", "--num-frames", 5)
     assert imcnet("weights", "init", path, *options).returncode == 0
     config = json.loads(imcnet("weights", "show", path).stdout)["config"]
     assert (config["normalisation"], config["num_frames"]) == ("centred", 5)
-    assert [config[name] for name in ("whitening", "affinity_blend", "motion_cue")] == [True, False, True]
+    assert [config[name] for name in ("whitening", "motion_cue")] == [False, True]
 
 
 def test_weights_are_never_overwritten(untrained_weights: Path) -> None:

@@ -12,14 +12,13 @@ from model.training.learning_rates import freeze_all_but, parameter_groups
 from model.training.presets import GroupRates
 from model.variants import build_network
 
-RATES = GroupRates(decoder=1, motion=2, slow=3, blend=4, top=5, blocks=6, first_block=11)
+RATES = GroupRates(decoder=1, motion=2, slow=3, top=5, blocks=6, first_block=11)
 EXPECTED = (
     (r"backbone\.blocks\.\d+\.depthwise\.(conv|norm)\.weight", None),
     (r"backbone\.blocks\.15\.", 5),
     (r"backbone\.blocks\.1[1-4]\.", 6),
     (r"backbone\.", None),
     (r"propagation\.", 1),
-    (r"affinity\.blend", 4),
     (r"key_encoder\.|affinity\.|alignment\.stages\.\d\.offsets\.", 3),
     (r"alignment\.|compensation\.|cue\.|segmentation\.", 2),
 )
@@ -48,7 +47,7 @@ def test_every_parameter_has_the_rate_of_its_group(network: IMCNet) -> None:
         rate = next(rate for pattern, rate in EXPECTED if re.match(pattern, name))
         if rate is not None:
             expected[name] = rate
-    assert set(expected.values()) == {1, 2, 3, 4, 5, 6}
+    assert set(expected.values()) == {1, 2, 3, 5, 6}
     assert rates_by_name(network, RATES) == expected
 
 

@@ -282,7 +282,7 @@ def test_a_run_goes_on_from_a_checkpoint_that_knows_no_options(
     config = replace(CONFIG, **NEVER)
     training(tmp_path, config, only(window, still)).save()
     checkpoint = torch.load(tmp_path / CHECKPOINT_NAME, weights_only=True)
-    for option in ("normalisation", "whitening", "affinity_blend", "motion_cue"):
+    for option in ("normalisation", "whitening", "motion_cue"):
         del checkpoint["network_config"][option]
     torch.save(checkpoint, tmp_path / CHECKPOINT_NAME)
     assert training(tmp_path, config, only(window, still), new_network(seed=1)).step == 0
