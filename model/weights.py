@@ -223,7 +223,7 @@ def _assemble(
     if problems := _differences(expected, stored):
         raise WeightsError(
             f"{path}: not the weights of {config.backbone}, variant {config.variant}, with "
-            f"{config.num_frames} frames a window and {config.alignment_stages} alignment stages"
+            f"{config.num_frames} frames a window and {config.alignment_stages} alignment stage(s)"
             f"{_options(config)}: " + "; ".join(problems)
         )
     state = {
