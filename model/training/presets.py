@@ -61,9 +61,9 @@ class GroupRates:
     Args:
         decoder: Attention propagation.
         motion: Alignment except its offsets, compensation, motion cue and head.
-        slow: Key encoder, affinity and alignment offsets. At the decoder's rate, the offsets leave the map
-            and the affinity becomes one-hot.
-        blend: Share of the affinity in Z.
+        slow: Alignment offsets, and key encoder and affinity of a network that has them. At the decoder's
+            rate, the offsets leave the map and the affinity becomes one-hot.
+        blend: Share of the affinity in Z, of a network that has it.
         top: Last block of the backbone.
         blocks: Other blocks of the backbone, from ``first_block``.
         first_block: Index of the lowest block that trains; those below are frozen.
@@ -343,7 +343,7 @@ RECIPES: dict[str, Recipe] = {
                 name="joint",
                 steps=1500,
                 rates=GroupRates(
-                    decoder=5e-5, motion=1e-4, slow=1e-5, blend=2e-3, top=2.5e-5, blocks=1e-5, first_block=8
+                    decoder=5e-5, motion=1e-4, slow=1e-5, top=2.5e-5, blocks=1e-5, first_block=8
                 ),
                 sizes=(320, 352, 384),
                 windows_per_step=2,

@@ -44,7 +44,7 @@ def results(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a bare machine has no plugins
         "OMP_NUM_THREADS": "1",
     }
-    options = ["--out", out, "--work", folder / "run", "--device", "cpu"]
+    options = ["--out", out, "--work", folder / "run", "--device", "cpu", "--minutes", "60"]
     done = subprocess.run(
         [sys.executable, "-m", "benchmarks.gpu_session", "run", packed, *options],
         cwd=REPOSITORY,

@@ -117,11 +117,9 @@ def test_the_log_says_how_each_phase_goes(undisturbed: Path) -> None:
     assert set(lines["motion"]["loss"]) == {"windows final"}
     assert set(lines["joint"]["loss"]) == {"windows final", "windows side", "stills final", "stills side"}
     for name in ("motion", "joint"):
-        assert len(lines[name]["offsets"]) == 4
-        assert 0 < lines[name]["affinity"] <= 1
-    assert lines["motion"]["blend"] == 0
-    assert lines["joint"]["blend"] != 0
+        assert len(lines[name]["offsets"]) == RECIPE.network.alignment_stages == 1
     for line in lines.values():
+        assert (line["affinity"], line["blend"]) == (None, None)  # the network has no affinity
         assert line["gradient_norm"] > 0
         assert line["seconds_per_step"] > 0
         assert line["core_seconds_per_step"] > 0
