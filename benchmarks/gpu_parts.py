@@ -3,10 +3,7 @@
 On a CPU, everything is tiny: it shows that the parts work, no more.
 """
 
-import importlib.util
 import os
-import subprocess
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,7 +57,7 @@ class Scale:
     workers: int
 
     def recipe(self) -> Recipe:
-        """The shipped recipe in this precision; when tiny, with phases of two small steps."""
+        """The shipped recipe in this precision; when tiny, with phases of one small step."""
         recipe = RECIPES[RECIPE]
         return replace(recipe, phases=tuple(self._phase(phase) for phase in recipe.phases))
 
@@ -68,14 +65,19 @@ class Scale:
         phase = replace(phase, precision=self.precision)
         if self == FULL:
             return phase
-        windows, stills = min(1, phase.windows_per_step), min(1, phase.stills_per_step)
-        sizes = {"sizes": (self.size,), "validation_size": self.size}
-        return replace(phase, steps=2, windows_per_step=windows, stills_per_step=stills, **sizes)
+        return replace(
+            phase,
+            steps=1,
+            sizes=(self.size,),
+            validation_size=self.size,
+            windows_per_step=min(1, phase.windows_per_step),
+            stills_per_step=min(1, phase.stills_per_step),
+        )
 
 
 _WORKERS = max(1, (os.cpu_count() or 1) - 2)
 FULL = Scale(480, 32, 3, "resnet101", "bfloat16", torch.float16, "graphs", _WORKERS)
-TINY = Scale(64, 4, 1, "resnet18", "float32", torch.float32, "eager", 0)
+TINY = Scale(32, 2, 1, "resnet18", "float32", torch.float32, "eager", 0)
 
 
 @dataclass(frozen=True)
@@ -104,16 +106,19 @@ class Session:
 
 def run_tests(session: Session) -> None:
     """Run those tests of ``model/`` that want a GPU, if pytest is installed."""
-    if importlib.util.find_spec("pytest") is None:
+    try:
+        import pytest
+    except ModuleNotFoundError:
         print("pytest is not installed: the tests are left out")
         return
     tests = sorted((REPOSITORY / "tests" / "model").rglob("test_*.py"))
     files = [str(path) for path in tests if "pytest.mark.gpu" in path.read_text(encoding="utf-8")]
     # The project's settings ask for a plugin that may be missing; other versions have other warnings.
     options = ["-o", "addopts=--import-mode=importlib", "-W", "default", "-p", "no:cacheprovider", "-ra"]
-    required = {"REQUIRE_GPU": "1"} if session.device.type == "cuda" else {}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *options, *files]
-    subprocess.run(command, cwd=REPOSITORY, env={**os.environ, **required}, check=True)
+    if session.device.type == "cuda":
+        os.environ["REQUIRE_GPU"] = "1"
+    if code := pytest.main(["-m", "gpu", *options, *files]):
+        raise SystemExit(int(code))
 
 
 def benchmark(session: Session) -> None:

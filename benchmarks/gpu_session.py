@@ -6,6 +6,8 @@
 
 ``run`` is for the machine with the GPU. It needs what ``model/`` imports and nothing to download; pytest is
 used if it is installed. The other two are for the machine with the data. More in docs/training.md.
+
+Run all three in the root of the repository.
 """
 
 import argparse
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -33,7 +36,6 @@ from benchmarks.gpu_parts import (
 )
 from model.errors import DeviceError, ModelError
 from model.segmenter import resolve_device
-from model.shipped import SHIPPED_WEIGHTS
 from model.training.packed import PackedData
 from model.training.presets import RECIPES
 from model.training.run_archive import join_parts
@@ -47,14 +49,14 @@ SHARES = {"tests": 0.2, "benchmark": 0.25, "profile": 0.1, "train": 1.0}
 """Parts of a session in their order, and the most that each may take of the time; training takes the rest."""
 
 
-def main() -> None:
-    given = _arguments()
+def main(arguments: Sequence[str]) -> None:
+    given = _parser().parse_args(arguments)
     try:
         match given.command:
             case "pack":
                 pack(given.folder, given.data, given.cache, given.weights, max_mib=given.mib)
             case "run":
-                start(given)
+                start(given, arguments)
             case "join":
                 join(given.results, given.run)
     except (ModelError, ValueError) as error:
@@ -75,14 +77,17 @@ def pack(folder: Path, data: Path, cache: Path, weights: Path, *, max_mib: int) 
         print(f"{folder / name}: {(folder / name).stat().st_size / 2**20:.1f} MiB")
 
 
-def start(given: argparse.Namespace) -> None:
+def start(given: argparse.Namespace, arguments: Sequence[str]) -> None:
     """Run a session, or one part of it in this process."""
+    given.out.mkdir(parents=True, exist_ok=True)
     try:
         device = resolve_device(given.device)
     except DeviceError as error:
-        raise SystemExit(f"{error}; --device cpu tries everything out at tiny sizes") from error
+        refusal = f"nothing was run: {error}; --device cpu tries everything out at tiny sizes"
+        with (given.out / REPORT_NAME).open("a", encoding="utf-8") as report:
+            report.write(f"{refusal}\n")
+        raise SystemExit(refusal) from error
     session = Session(given.folder, given.out, given.work, device, given.first, given.mib * 2**20)
-    session.out.mkdir(parents=True, exist_ok=True)
     match given.only:
         case "tests":
             run_tests(session)
@@ -93,15 +98,15 @@ def start(given: argparse.Namespace) -> None:
         case "train":
             train(session, seconds=60 * given.minutes)
         case None:
-            if failed := run(session, sys.argv[2:], minutes=given.minutes):
+            if failed := run(session, arguments, minutes=given.minutes):
                 raise SystemExit(f"failed or stopped: {', '.join(failed)}")
 
 
-def run(session: Session, options: list[str], *, minutes: float) -> list[str]:
-    """Run all parts, each in a process of its own: what breaks or delays one leaves the others alone.
+def run(session: Session, arguments: Sequence[str], *, minutes: float) -> list[str]:
+    """Run all parts, each in a separate process: a part that crashes or hangs does not affect the others.
 
     Args:
-        options: Command line of the session, which each part gets too.
+        arguments: Command line of the session, which each part gets too.
 
     Returns:
         Parts that failed or were stopped.
@@ -114,7 +119,7 @@ def run(session: Session, options: list[str], *, minutes: float) -> list[str]:
             seconds = min(60 * minutes * share, end - time.monotonic())
             _tell(report, f"\n==== {part}, at most {seconds:.0f} s\n")
             limits = ["--only", part, "--minutes", str(seconds / 60)]
-            command = [sys.executable, "-u", "-m", "benchmarks.gpu_session", "run", *options, *limits]
+            command = [sys.executable, "-u", "-m", "benchmarks.gpu_session", *arguments, *limits]
             if seconds <= 0 or not _succeeds(command, report, seconds):
                 failed.append(part)
                 _tell(report, f"{part} failed, or was stopped\n")
@@ -148,18 +153,20 @@ def _tell(report: TextIO, text: str) -> None:
 
 
 def _machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU, everything tiny"
+    name = "no CUDA device: a trial on the CPU at tiny sizes, whose figures say nothing about a GPU"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
     return f"{name}; PyTorch {torch.__version__}, Python {sys.version.split()[0]}, {os.cpu_count()} cores"
 
 
 def join(results: Path, run_folder: Path) -> None:
-    """Make a run folder of a session's results, once the SHA-256 of their parts is found right."""
+    """Make a run folder of a session's results, once their parts are found undamaged."""
     join_parts(results, run_folder)
     shutil.copyfile(results / WEIGHTS_NAME, run_folder / BEST_NAME)
     print(f"{run_folder}: resume it with the options of the session")
 
 
-def _arguments() -> argparse.Namespace:
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -169,7 +176,7 @@ def _arguments() -> argparse.Namespace:
     before.add_argument("folder", type=Path)
     before.add_argument("--data", type=Path, required=True, help="packed training data")
     before.add_argument("--cache", type=Path, required=True, help="folder for the decoded pictures")
-    before.add_argument("--weights", type=Path, default=SHIPPED_WEIGHTS, help="default: the shipped ones")
+    before.add_argument("--weights", type=Path, required=True, help="weights to train from")
     before.add_argument("--mib", type=int, default=50, help="largest size of the data; default: 50")
 
     there = commands.add_parser("run", help="tests, benchmark, profile and training on a GPU")
@@ -179,14 +186,14 @@ def _arguments() -> argparse.Namespace:
     there.add_argument("--minutes", type=float, default=8, help="for everything; default: 8")
     there.add_argument("--device", default="cuda", help="cuda, cuda:N, or cpu for a trial; default: cuda")
     there.add_argument("--from", dest="first", choices=PHASES, default=PHASES[-1], help="phase to begin with")
-    there.add_argument("--mib", type=int, default=127, help="largest size of all results; default: 127")
+    there.add_argument("--mib", type=int, default=63, help="largest size of all results; default: 63")
     there.add_argument("--only", choices=SHARES, help="one part alone")
 
     after = commands.add_parser("join", help="make a run folder of the results")
     after.add_argument("results", type=Path)
     after.add_argument("run", type=Path)
-    return parser.parse_args()
+    return parser
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -21,6 +21,7 @@ class RenderedWindows:
     """A sample source: one window for each seed, always the same, whatever the generator."""
 
     def __init__(self, seeds: Sequence[int], *, size: int = 64, num_frames: int = 3) -> None:
+        self.names = [f"scene {seed}" for seed in seeds]  # as held-out windows have them
         self._samples = []
         for seed in seeds:
             scene = list(render_scene(frames=2 * num_frames - 1, height=size, width=size, seed=seed))[::2]
@@ -50,10 +51,12 @@ class RenderedWindows:
 
 
 def write_davis16(root: Path, *, train: int = 1, val: int = 1, frames: int = 5, side: int = 64) -> None:
-    """DAVIS-2016: sequences train0, train1, … and val0, val1, …"""
+    """DAVIS-2016: sequences train0, train1, … and a held-out one; val0, val1, …"""
     (root / "ImageSets" / "2016").mkdir(parents=True)
     for split, count in (("train", train), ("val", val)):
         names = [f"{split}{number}" for number in range(count)]
+        if split == "train":
+            names.append(HELD_OUT_SEQUENCES[0])
         (root / "ImageSets" / "2016" / f"{split}.txt").write_text("".join(f"{name}\n" for name in names))
         for number, name in enumerate(names):
             images, masks = (root / kind / "480p" / name for kind in ("JPEGImages", "Annotations"))

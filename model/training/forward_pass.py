@@ -102,7 +102,8 @@ class Measurements:
 
     Attributes:
         offsets: Mean |offset| of each alignment stage, in pixels at stride 4.
-        affinity: Largest weight of the affinity: mean over columns of their maximum; 1 is one-hot.
+        affinity: Largest weight of the affinity: mean over columns of their maximum; 1 is one-hot. None for
+            a network without affinity.
     """
 
     def __init__(self) -> None:

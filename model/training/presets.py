@@ -61,8 +61,8 @@ class GroupRates:
     Args:
         decoder: Attention propagation.
         motion: Alignment except its offsets, compensation, motion cue and head.
-        slow: Key encoder, affinity and alignment offsets. At the decoder's rate, the offsets leave the map
-            and the affinity becomes one-hot.
+        slow: Alignment offsets, and key encoder and affinity of a network that has them. At the decoder's
+            rate, the offsets leave the map and the affinity becomes one-hot.
         top: Last block of the backbone.
         blocks: Other blocks of the backbone, from ``first_block``.
         first_block: Index of the lowest block that trains; those below are frozen.

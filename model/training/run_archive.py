@@ -1,8 +1,9 @@
 """A recipe's run in a few files of limited size, to resume it on another machine."""
 
-import hashlib
+import gzip
 import io
 import tarfile
+import zlib
 from pathlib import Path
 
 from model.errors import CheckpointError
@@ -12,11 +13,10 @@ from model.training.recipe import CURVE_NAME, SUMMARY_NAME
 from model.training.trainer import CHECKPOINT_NAME, HISTORY_NAME, LOG_NAME, WEIGHTS_NAME, is_finished
 
 PART_NAME = "run.tar.gz"
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def archive_run(run: Path, recipe: Recipe) -> bytes:
-    """All that resumes a run after its last checkpoint, as a compressed archive followed by its SHA-256.
+    """All that resumes a run after its last checkpoint, as a compressed archive.
 
     Of the phase that was trained last, that is the checkpoint, or the weights if it is finished.
     """
@@ -26,10 +26,10 @@ def archive_run(run: Path, recipe: Recipe) -> bytes:
     needed += sorted(run.glob(f"*/{HISTORY_NAME}"))
     needed.append(phase / (WEIGHTS_NAME if is_finished(phase, steps) else CHECKPOINT_NAME))
     buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w:gz", compresslevel=1) as archive:
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
         for path in needed:
             archive.add(path, path.relative_to(run))
-    return buffer.getvalue() + hashlib.sha256(buffer.getvalue()).digest()
+    return gzip.compress(buffer.getvalue(), compresslevel=1)
 
 
 def newest_weights(run: Path) -> Path:
@@ -65,13 +65,15 @@ def join_parts(folder: Path, run: Path) -> None:
     """Unpack an archive from its parts into a new run folder.
 
     Raises:
-        CheckpointError: The run folder is not empty, or the parts do not have the right SHA-256.
+        CheckpointError: The run folder is not empty, or parts are missing or damaged.
     """
     if run.exists() and any(run.iterdir()):
         raise CheckpointError(f"{run} is not empty: give another folder")
-    joined = b"".join(path.read_bytes() for path in part_paths(folder))
-    content, digest = joined[:-_DIGEST_BYTES], joined[-_DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        raise CheckpointError(f"{folder / PART_NAME}.*: parts are missing or damaged: the SHA-256 differs")
+    try:
+        content = gzip.decompress(b"".join(path.read_bytes() for path in part_paths(folder)))
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise CheckpointError(f"{folder / PART_NAME}.*: parts are damaged: {error}") from error
+    if not content:
+        raise CheckpointError(f"{folder} has no {PART_NAME}.1")
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
         archive.extractall(run, filter="data")

@@ -17,7 +17,7 @@ from torch.optim.swa_utils import AveragedModel
 from tqdm import tqdm
 
 from model.errors import TrainingError
-from model.imcnet import IMCNet
+from model.imcnet import IMCNet, IMCNetConfig
 from model.preprocess import normalise
 from model.training.checkpoint import load_checkpoint, replacing, require_same, save_checkpoint
 from model.training.forward_pass import (
@@ -306,7 +306,9 @@ class Training:
 
     def _restore(self, state: dict[str, Any], path: Path) -> None:
         require_same(path, state.get("config"), _plain(self.config))
-        require_same(path, state.get("network_config"), asdict(self.network.config))
+        # A checkpoint from before an option was added is one without it.
+        found = {**asdict(IMCNetConfig()), **state.get("network_config", {})}
+        require_same(path, found, asdict(self.network.config))
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
         self.optimizer.load_state_dict(state["optimizer"])

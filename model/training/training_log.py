@@ -19,7 +19,7 @@ class TrainingLog:
     Every line has: ``phase``, ``step`` (the last one), ``steps`` (how many it covers), means over these of
     ``loss`` by part and of ``gradient_norm``, ``seconds_per_step`` and ``core_seconds_per_step``, ``rates``
     (highest and lowest), and as measured in the last step ``offsets`` (mean |offset| by alignment stage, in
-    pixels) and ``affinity`` (largest weight, see ``Measurements``).
+    pixels) and ``affinity`` (largest weight, see ``Measurements``; None where the network has none).
 
     Args:
         path: File of the run; phases share it.

@@ -1,6 +1,7 @@
 """Which parameter trains at which rate, and which not at all."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -26,8 +27,10 @@ EXPECTED = (
 
 @pytest.fixture(scope="module")
 def network() -> IMCNet:
+    """The recipe's backbone with all that a group is for, the affinity and its share included."""
+    config = replace(usual_config("efficientnet_lite0"), variant="full", affinity_blend=True)
     with torch.device("meta"):
-        return build_network(usual_config("efficientnet_lite0"))
+        return build_network(config)
 
 
 def rates_by_name(network: IMCNet, rates: GroupRates, trained: tuple[str, ...] = ()) -> dict[str, float]:

@@ -117,9 +117,9 @@ def test_the_log_says_how_each_phase_goes(undisturbed: Path) -> None:
     assert set(lines["motion"]["loss"]) == {"windows final"}
     assert set(lines["joint"]["loss"]) == {"windows final", "windows side", "stills final", "stills side"}
     for name in ("motion", "joint"):
-        assert len(lines[name]["offsets"]) == 1
-        assert lines[name]["affinity"] is None
+        assert len(lines[name]["offsets"]) == RECIPE.network.alignment_stages == 1
     for line in lines.values():
+        assert line["affinity"] is None  # the network has none
         assert line["gradient_norm"] > 0
         assert line["seconds_per_step"] > 0
         assert line["core_seconds_per_step"] > 0
