@@ -68,6 +68,7 @@ def _use_options(network: IMCNet) -> None:
     if network.cue is not None:
         for conv in (network.compensation.spatial.features, network.compensation.spatial.attention):
             conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
+        network.compensation.trust.weight.normal_(std=0.5)
     if network.config.affinity_blend:
         network.affinity.blend.fill_(0.3)
 
