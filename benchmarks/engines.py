@@ -41,6 +41,9 @@ def main() -> None:
             # A ratio that is bought with other masks is none.
             mark = f" ×{engine['ratio']:.1f}" + ("" if engine["passes"] or place < 2 else " (gate shut)")
             axes.text(left[place], place, mark, va="center", fontsize=8)
+        for name in document.get("unavailable", {}):
+            axes.barh([name], [0])
+            axes.text(0, name, " unavailable", va="center", fontsize=8)
         axes.set_xlim(0, 1.3 * max(left))
         axes.invert_yaxis()
         axes.set_title(f"{document['backbone']}, {document['input_size']} × {document['input_size']}")

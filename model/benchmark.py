@@ -25,6 +25,7 @@ from model.deform import DeformableConv
 from model.engine import Engine, convolutions
 from model.imcnet import (
     AlignmentStage,
+    Compensation,
     FrameFeatures,
     IMCNet,
     IMCNetConfig,
@@ -46,7 +47,8 @@ class Work:
     Attributes:
         encoded: Frames that were encoded.
         cached: The most frames whose features were held at a time.
-        encode_s, window_s: Seconds that the device spent encoding, and on the rest of the network.
+        encode_s, window_s: Seconds that the device spent encoding, and on the rest of the network. Encoding
+            is the backbone in the published loop, ``encode`` in our engines, which has APM too without ACM.
         seconds: All in all, from the first frame to the last mask.
         memory_mib: Resident memory at the peak, beyond that at the beginning.
         device_mib: Memory of the GPU at the peak; what the other candidates hold is part of it.
@@ -122,15 +124,17 @@ class PublishedLoop:
 
     def _run(self, frames: Sequence[Frame]) -> tuple[list[Mask], Work]:
         work, masks = Work(cached=self._layout.num_frames), []
-        encode = self._network.encode_frame
         encoding, all_of_it = DeviceClock(self._device), DeviceClock(self._device)
 
-        def timed(images: Tensor) -> FrameFeatures:
+        def begin(*_: object) -> None:
             work.encoded += 1
-            with encoding:
-                return encode(images)
+            encoding.__enter__()
 
-        self._network.encode_frame = timed  # type: ignore[method-assign]
+        backbone = self._network.backbone
+        hooks = [
+            backbone.register_forward_pre_hook(begin),
+            backbone.register_forward_hook(lambda *_: encoding.__exit__()),
+        ]
         try:
             for center in range(len(frames)):
                 window = self._layout.indices(center, last=len(frames) - 1)
@@ -143,7 +147,8 @@ class PublishedLoop:
                 probability = resize_probability(probability, frames[0].shape[:2])
                 masks.append((probability >= 0.5)[0, 0].cpu().numpy())
         finally:
-            self._network.encode_frame = encode  # type: ignore[method-assign]
+            for hook in hooks:
+                hook.remove()
         work.encode_s = encoding.seconds
         work.window_s = all_of_it.seconds - encoding.seconds
         return masks, work
@@ -329,5 +334,7 @@ def _let_all_parts_act(network: IMCNet, image: Tensor) -> None:
         elif isinstance(module, SpatialAttention) and network.cue is not None:
             for conv in (module.features, module.attention):
                 conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
+        elif isinstance(module, Compensation) and module.trust is not None:
+            module.trust.weight.normal_(std=0.5)
     if network.whitening is not None:
         network.whitening.measure([network.backbone(image.unsqueeze(0))])

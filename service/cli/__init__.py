@@ -29,6 +29,7 @@ from service.cli import (
     weights,
 )
 from service.errors import EngineFailed, ImcnetError, QueueUnavailable
+from service.threads import wait_passively
 
 app = typer.Typer(
     name="imcnet",
@@ -84,6 +85,7 @@ def main() -> None:
 
     An error ends it with one line on stderr and exit code 2, or 1 where the same command may work later.
     """
+    wait_passively()  # before any command imports torch; the engine of a worker inherits it
     try:
         app()
     except (ImcnetError, ModelError) as error:

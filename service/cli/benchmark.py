@@ -4,7 +4,7 @@ import json
 import tempfile
 import time
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from model.benchmark import Result
     from model.engine import Engine
     from model.imcnet import IMCNet
+    from model.openvino_engine import Precision
     from model.segmenter import Frame, Mask, Segmenter
 
 _AHEAD = 4  # frames and masks that wait before and behind the network, as in the engine
@@ -92,7 +93,7 @@ def _measure(
     device = resolve_device(settings.device)
     network, name, size = _network(settings, backbone, images)
     results: list[Result] = []
-    others = _others(network, device, size, directory)
+    others, unavailable = _others(network, device, size, directory)
     for count, results in enumerate(
         compare(network, images, device=device, input_size=size, rounds=rounds, others=others), start=1
     ):
@@ -114,39 +115,58 @@ def _measure(
         "rounds": rounds,
         "speedup": max(passing.values(), default=None),
         "engines": [figures(result) for result in results],
+        "unavailable": unavailable,
         "job": _whole_job(source, settings, segmenter, engines[best], frames=frames),
     }
 
 
 def _others(
     network: "IMCNet", device: "torch.device", input_size: int, directory: Path
-) -> "dict[Engine, Gate]":
-    """Every other engine that can be had, whether its masks pass or not: that is to be seen."""
+) -> "tuple[dict[Engine, Gate], dict[str, str]]":
+    """Every other engine that can be had, whether its masks pass or not: that is to be seen.
+
+    Returns:
+        The engines and what their masks must hold to, and why there are no others, by name.
+    """
     from model.agreement import EXACT_GATE, FAST_GATE
-    from model.engines import trying_out
     from model.errors import EngineUnavailable
 
+    candidates: dict[str, tuple[Callable[[], Engine], Gate]]
+    if device.type == "cuda":
+        candidates = {"cuda-graphs-float16": (partial(_cuda, network, device, input_size), FAST_GATE)}
+    else:
+        openvino = partial(_openvino, network, input_size, directory)
+        candidates = {
+            "openvino-float32": (partial(openvino, "float32"), EXACT_GATE),
+            "openvino-bfloat16": (partial(openvino, "bfloat16"), FAST_GATE),
+        }
     found: dict[Engine, Gate] = {}
-    try:
-        if device.type == "cuda":
-            import torch
+    unavailable = {}
+    for name, (make, gate) in candidates.items():
+        try:
+            found[make()] = gate
+        except (EngineUnavailable, ModuleNotFoundError) as error:
+            unavailable[name] = str(error)
+    return found, unavailable
 
-            from model.cuda import CudaEngine
 
-            with trying_out():
-                engine = CudaEngine(network, device=device)
-                blank = engine.encode(torch.zeros(1, 3, input_size, input_size, dtype=torch.uint8))
-                engine.decode([blank * network.config.num_frames])
-            found[engine] = FAST_GATE
-        else:
-            from model.openvino_engine import Graphs, OpenVINOEngine
+def _cuda(network: "IMCNet", device: "torch.device", input_size: int) -> "Engine":
+    import torch
 
-            graphs = Graphs.prepare(network, input_size, directory)
-            found[OpenVINOEngine(graphs, precision="float32")] = EXACT_GATE
-            found[OpenVINOEngine(graphs, precision="bfloat16")] = FAST_GATE
-    except (EngineUnavailable, ModuleNotFoundError) as error:
-        typer.echo(f"left out: {error}", err=True)
-    return found
+    from model.cuda import CudaEngine
+    from model.engines import trying_out
+
+    with trying_out():
+        engine = CudaEngine(network, device=device)
+        blank = engine.encode(torch.zeros(1, 3, input_size, input_size, dtype=torch.uint8))
+        engine.decode([blank * network.config.num_frames])
+    return engine
+
+
+def _openvino(network: "IMCNet", input_size: int, directory: Path, precision: "Precision") -> "Engine":
+    from model.openvino_engine import Graphs, OpenVINOEngine
+
+    return OpenVINOEngine(Graphs.prepare(network, input_size, directory), precision=precision)
 
 
 def _network(
@@ -241,6 +261,7 @@ def _table(document: dict[str, Any]) -> str:
         f"{width}×{height}, median of {document['rounds']} rounds",
         "",
         *engine_table(document["engines"]),
+        *(f"| {name} | unavailable: {reason} |" for name, reason in document["unavailable"].items()),
     ]
     job = document["job"]
     stages = ", ".join(

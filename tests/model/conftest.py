@@ -69,7 +69,7 @@ def _use_options(network: IMCNet) -> None:
     if network.cue is not None:
         for conv in (network.compensation.spatial.features, network.compensation.spatial.attention):
             conv.weight[:, -CUE_CHANNELS:].normal_(std=0.05)
-        network.compensation.trust.weight.normal_(std=0.05)
+        network.compensation.trust.weight.normal_(std=0.5)
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,8 @@ from numpy.typing import NDArray
 
 from model.agreement import EXACT_GATE, Agreement
 from model.benchmark import PublishedLoop, Result, compare, untrained_network
-from model.imcnet import IMCNet, IMCNetConfig, foreground_probability
+from model.config import usual_config
+from model.imcnet import IMCNet, foreground_probability
 from model.preprocess import normalise, resize_frame, resize_probability
 from model.scenes import render_scene
 
@@ -52,10 +53,22 @@ def test_all_candidates_run_each_round_and_agree_in_float64(
     assert exact.name == "torch-float64"
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50"])
+def test_a_network_that_decodes_frames_once_agrees_with_the_published_loop(make_frames: MakeFrames) -> None:
+    frames = make_frames(6)
+    network = untrained_network(usual_config("efficientnet_lite0"), frames, SIZE).double()
+    (results,) = compare(network, frames, device=CPU, input_size=SIZE, rounds=1)
+    assert [result.runs[0].encoded for result in results] == [18, 18, 6]
+    published, _, exact = results
+    assert exact.agreement is not None
+    assert (exact.agreement.flipped, exact.agreement.iou) == (0, 1)
+    assert exact.passes
+    assert published.runs[0].encode_s > 0
+
+
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "efficientnet_lite0"])
 def test_an_untrained_network_sees_something_and_the_same_in_every_run(backbone: str) -> None:
     frames = [image for image, _ in render_scene(frames=5, height=48, width=64)]
-    config = IMCNetConfig(backbone)  # type: ignore[arg-type]
+    config = usual_config(backbone)  # type: ignore[arg-type]
     networks = [untrained_network(config, frames, SIZE) for _ in range(2)]
     masks = [PublishedLoop(network, device=CPU, input_size=SIZE).run(frames)[0] for network in networks]
     assert np.array_equal(*masks)

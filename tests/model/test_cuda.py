@@ -12,11 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from model.cuda import CudaEngine, bucket_of, pad
-from model.engine import fold_batch_norms
+from model.engine import fold_batch_norms, frame_of, maps_of
 from model.errors import DeviceError
-from model.imcnet import FrameFeatures, IMCNet, foreground_probability
+from model.imcnet import IMCNet, foreground_probability
 from model.preprocess import normalise
-from model.pyramid import Pyramid
 from model.scenes import render_scene
 from model.shipped import SHIPPED_WEIGHTS
 from model.weights import load_weights
@@ -57,10 +56,6 @@ def engine(network: IMCNet) -> CudaEngine:
 def _images(count: int, height: int = SIZE, width: int = SIZE, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     return torch.randint(0, 256, (count, 3, height, width), dtype=torch.uint8, generator=generator)
-
-
-def _maps(frame: FrameFeatures) -> list[Tensor]:
-    return [*frame.pyramid, frame.key]
 
 
 @torch.inference_mode()
@@ -116,7 +111,7 @@ def test_frames_are_encoded_as_by_the_network(network: IMCNet, engine: CudaEngin
     for image, frame in zip(images, frames, strict=True):
         with torch.inference_mode():
             expected = network.encode_frame(normalise(image, "imagenet").unsqueeze(0))
-        for level, reference in zip(_maps(frame), _maps(expected), strict=True):
+        for level, reference in zip(maps_of(frame), maps_of(expected), strict=True):
             torch.testing.assert_close(level, reference, rtol=0, atol=ROUNDING)
 
 
@@ -139,18 +134,18 @@ def test_batches_are_those_of_the_network_bit_for_bit(network: IMCNet, engine: C
     plain = fold_batch_norms(network).to(memory_format=torch.channels_last)
     with torch.inference_mode():
         filled = normalise(images[[0, 1, 2, 2]], "imagenet").contiguous(memory_format=torch.channels_last)
-        encoded = _maps(plain.encode_frame(filled))
+        encoded = maps_of(plain.encode_frame(filled))
         window = []
         for column in zip(*indices, strict=True):
             levels = [
                 level[[*column, column[-1]]].contiguous(memory_format=torch.channels_last)
                 for level in encoded
             ]
-            window.append(FrameFeatures(Pyramid(*levels[:4]), levels[4]))
+            window.append(frame_of(levels))
         expected = foreground_probability(plain.decode_window(window))[:3]
     frames = engine.encode(images)
     for index, frame in enumerate(frames):
-        for level, reference in zip(_maps(frame), encoded, strict=True):
+        for level, reference in zip(maps_of(frame), encoded, strict=True):
             assert torch.equal(level[0], reference[index])
     assert torch.equal(engine.decode([[frames[index] for index in window] for window in indices]), expected)
 
@@ -170,10 +165,14 @@ def test_every_variant_is_segmented(make_network: Callable[..., IMCNet], variant
     torch.testing.assert_close(probability, _probability(network, images.unbind()), rtol=0, atol=ROUNDING)
 
 
-def test_a_network_with_all_options_is_segmented(lite_network: IMCNet) -> None:
-    engine, images = _engine(lite_network), _images(3)
+@pytest.mark.parametrize("variant", ["full", "no_acm"])
+def test_a_network_with_the_motion_cue_is_segmented(
+    make_network: Callable[..., IMCNet], variant: str
+) -> None:
+    network = make_network(backbone="efficientnet_lite0", variant=variant)
+    engine, images = _engine(network), _images(3)
     probability = engine.decode([engine.encode(images)])
-    expected = _probability(lite_network, images.unbind())
+    expected = _probability(network, images.unbind())
     torch.testing.assert_close(probability, expected, rtol=0, atol=20 * ROUNDING)  # 50 layers, and whitening
     assert expected.std() > 0.1
 
@@ -188,7 +187,7 @@ def test_sizes_can_change_from_batch_to_batch(network: IMCNet, engine: CudaEngin
 def test_an_entry_does_not_depend_on_its_batch_mates(engine: CudaEngine) -> None:
     images = _images(3)
     others = torch.cat([images[:1], 255 - images[1:]])
-    for level, other in zip(*(_maps(engine.encode(batch)[0]) for batch in (images, others)), strict=True):
+    for level, other in zip(*(maps_of(engine.encode(batch)[0]) for batch in (images, others)), strict=True):
         assert torch.equal(level, other)
     frames = engine.encode(images)
     window, bright, dark = frames, [frames[1]] * 3, engine.encode(0 * images)
@@ -200,7 +199,7 @@ def test_results_outlive_later_batches(engine: CudaEngine) -> None:
     images = _images(3)
     frames = engine.encode(images)
     probability = engine.decode([frames])
-    held = [level for frame in frames for level in _maps(frame)] + [probability]
+    held = [level for frame in frames for level in maps_of(frame)] + [probability]
     copies = [tensor.clone() for tensor in held]
     images.zero_()  # nor do they depend on the caller's buffer
     engine.decode([engine.encode(_images(3, seed=1))])
@@ -344,7 +343,7 @@ def test_features_of_another_engine_are_refused(network: IMCNet, engine: CudaEng
         frame = network.encode_frame(images[:1])
     with pytest.raises(ValueError, match="one an entry"):
         engine.decode([[together] * 3])
-    doubled = FrameFeatures(frame.pyramid, frame.key.double())
+    doubled = frame_of([level.double() for level in maps_of(frame)])
     with pytest.raises(ValueError, match=r"features must be torch\.float32 on cpu, .* got torch\.float64"):
         engine.decode([[doubled] * 3])
 
@@ -408,5 +407,5 @@ def test_many_uploads_in_a_row_do_not_overwrite_each_other(
         torch.cuda.synchronize()
         again.append(engine.encode(buffer.fill_(20 * value)))
     for frames, others in zip(encoded, again, strict=True):
-        for level, other in zip(_maps(frames[0]), _maps(others[0]), strict=True):
+        for level, other in zip(maps_of(frames[0]), maps_of(others[0]), strict=True):
             torch.testing.assert_close(level, other, rtol=0, atol=1e-4)

@@ -29,6 +29,10 @@ def test_loop_and_engine_are_compared(figures: dict[str, object]) -> None:
     assert [each["encodes_per_frame"] for each in (loop, sampled)] == [3, 3]
     assert [each["encodes_per_frame"] for each in engines] == [1] * len(engines)
     assert [each["name"] for each in engines[:2]] == ["torch-float32", "openvino-float32"]
+    unavailable = figures["unavailable"]
+    assert isinstance(unavailable, dict)
+    assert {"openvino-bfloat16"} == {each["name"] for each in engines[2:]} | unavailable.keys()
+    assert all("does not compute in bfloat16" in reason for reason in unavailable.values())
     assert engines[0]["flipped"] == 0
     assert figures["speedup"] == max((each["ratio"] for each in engines if each["passes"]), default=None)
 
