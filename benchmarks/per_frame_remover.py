@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 import torch
@@ -188,7 +189,10 @@ def main() -> None:
     source = MotionSet(given.root) if given.dataset == "motion" else davis16_source(given.root, given.split)
     with tempfile.TemporaryDirectory(prefix="imcnet-remover-") as folder:
         sequences = source.load(source.names, Path(folder))
-        theirs, remover_seconds = _remover_scores(given, sequences)
+        if given.known is None:
+            theirs, remover_seconds = _measure_remover(given.model, sequences, given.every)
+        else:
+            theirs, remover_seconds = known_scores(given.known, sequences, given.every)
         segmenter = load_segmenter(given.weights, given.quality, device="cpu", input_size=given.input_size)
         masks = SegmentedMasks(segmenter, quality=given.quality)
         ours = {sequence.name: score(masks, sequence, given.every) for sequence in sequences}
@@ -196,31 +200,37 @@ def main() -> None:
     print(table(theirs, ours))
     print(f"CPU-seconds a frame: remover {remover_seconds:.2f}, network {seconds:.2f}")
     if given.json is not None:
-        document = {
-            "remover": {
-                "seconds": remover_seconds,
-                "sequences": {name: asdict(row) for name, row in theirs.items()},
-            },
-            "network": {"seconds": seconds, "sequences": {name: asdict(row) for name, row in ours.items()}},
-        }
+        document = {"remover": _document(theirs, remover_seconds), "network": _document(ours, seconds)}
         given.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
-def _remover_scores(given: argparse.Namespace, sequences: Sequence[VideoSequence]) -> tuple[Rows, float]:
-    """The remover's scores and its CPU-seconds a frame, measured or known."""
-    if given.known is None:
-        remover = load_remover(given.model)
-        rows = {}
-        for sequence in sequences:
-            rows[sequence.name] = score(remover, sequence, given.every)
-            print(f"{sequence.name}: remover J {100 * fmean(rows[sequence.name].j):.1f}", flush=True)
-        return rows, fmean(remover.seconds)
-    known = json.loads(given.known.read_text())["remover"]
-    rows = {name: Scores(**row) for name, row in known["sequences"].items()}
+def _document(rows: Rows, seconds: float) -> dict[str, Any]:
+    return {"seconds": seconds, "sequences": {name: asdict(row) for name, row in rows.items()}}
+
+
+def known_scores(path: Path, sequences: Sequence[VideoSequence], every: int) -> tuple[Rows, float]:
+    """The remover's scores and its CPU-seconds a frame, from a file that ``--json`` wrote.
+
+    Raises:
+        SystemExit: The file lacks a sequence, or has other frames of one.
+    """
+    known = json.loads(path.read_text())["remover"]
+    rows = {}
     for sequence in sequences:
-        if rows[sequence.name].frames != list(scored_frames(sequence)[:: given.every]):
-            raise SystemExit(f"{given.known} has other frames of {sequence.name}: give the same --every")
+        row = known["sequences"].get(sequence.name)
+        if row is None or row["frames"] != list(scored_frames(sequence)[::every]):
+            raise SystemExit(f"{path} lacks frames of {sequence.name}: give its own --dataset and --every")
+        rows[sequence.name] = Scores(**row)
     return rows, known["seconds"]
+
+
+def _measure_remover(path: Path, sequences: Sequence[VideoSequence], every: int) -> tuple[Rows, float]:
+    remover = load_remover(path)
+    rows = {}
+    for sequence in sequences:
+        rows[sequence.name] = score(remover, sequence, every)
+        print(f"{sequence.name}: remover J {100 * fmean(rows[sequence.name].j):.1f}", flush=True)
+    return rows, fmean(remover.seconds)
 
 
 def _arguments() -> argparse.Namespace:

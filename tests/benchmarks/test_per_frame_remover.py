@@ -88,3 +88,20 @@ def test_both_are_set_side_by_side_on_the_same_frames(benchmark: ModuleType, tmp
     table = [line.split() for line in benchmark.table({"dog": theirs}, {"dog": ours}).splitlines()]
     assert ["dog", "0.0", "0.0", "100.0", "100.0", "+100.0", "+100.0"] in table
     assert table[-1] == ["The", "network", "has", "the", "higher", "J", "on", "3", "of", "3", "frames."]
+    table = [line.split() for line in benchmark.table({"dog": ours}, {"dog": theirs}).splitlines()]
+    assert ["dog", "100.0", "100.0", "0.0", "0.0", "-100.0", "-100.0"] in table
+
+
+def test_known_figures_of_the_remover_are_those_of_the_same_frames(
+    benchmark: ModuleType, tmp_path: Path
+) -> None:
+    dog, cow = (write_sequence(tmp_path, [square(5)] * 9, name=name) for name in ("dog", "cow"))
+    row = {"frames": [1, 4, 7], "j": [0.5, 0.6, 0.7], "f": [0.2, 0.3, 0.4]}
+    file = tmp_path / "known.json"
+    file.write_text(json.dumps({"remover": {"seconds": 3.5, "sequences": {"dog": row}}}))
+    scores, seconds = benchmark.known_scores(file, [dog], 3)
+    assert scores == {"dog": benchmark.Scores(**row)}
+    assert seconds == 3.5
+    for sequence, every in ((dog, 2), (cow, 3)):
+        with pytest.raises(SystemExit, match=f"lacks frames of {sequence.name}"):
+            benchmark.known_scores(file, [sequence], every)
