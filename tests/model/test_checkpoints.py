@@ -149,7 +149,8 @@ def test_missing_and_left_over_names_are_listed(tmp_path: Path, released: dict[s
         _import(source, tmp_path / "w")
     assert str(caught.value) == (
         f"{source}: not the weights of resnet18, variant full, with 3 frames a window and "
-        "4 alignment stage(s): missing: decoder.e1.conv2.bias; left over: feature_extractor.backbone.fc.weight; "
+        "4 alignment stage(s): missing: decoder.e1.conv2.bias; "
+        "left over: feature_extractor.backbone.fc.weight; "
         "segmentation.predlayer.bias: expected (1,) float32, got (2,) float32"
     )
     assert not (tmp_path / "w").exists()

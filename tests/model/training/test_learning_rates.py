@@ -27,8 +27,8 @@ EXPECTED = (
 
 @pytest.fixture(scope="module")
 def network() -> IMCNet:
-    """The recipe's backbone with all that a group is for, the affinity and its share included."""
-    config = replace(usual_config("efficientnet_lite0"), variant="full", affinity_blend=True)
+    """The recipe's backbone with all that a group is for, the affinity included."""
+    config = replace(usual_config("efficientnet_lite0"), variant="full")
     with torch.device("meta"):
         return build_network(config)
 
