@@ -17,7 +17,8 @@ class IMCNetConfig:
         num_frames: Frames a window, 3, 5 or 7.
         frame_stride: Distance between neighbouring frames of a window, in frames of the video.
         variant: Which part is missing or replaced; see ``model.variants.build_network``.
-        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 1 to 5.
+        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 0 to 5; with none, the
+            neighbours stay as they are.
         normalisation: Of the images x in [0, 255], by channel: ``imagenet`` is (x / 255 - mean) / deviation
             with ImageNet's statistics, ``centred`` is (x - 127) / 128.
         whitening: Whether V2 to V4 become W(V) and V5 becomes 2.5 ReLU(W(V5)), where W(V) is
@@ -52,9 +53,9 @@ class IMCNetConfig:
         variants = get_args(Variant)
         if self.variant not in variants:
             raise ValueError(f"variant must be one of {', '.join(variants)}, got {self.variant!r}")
-        if not isinstance(self.alignment_stages, int) or not 1 <= self.alignment_stages <= 5:
+        if not isinstance(self.alignment_stages, int) or not 0 <= self.alignment_stages <= 5:
             raise ValueError(
-                f"alignment_stages must be an integer from 1 to 5, got {self.alignment_stages!r}"
+                f"alignment_stages must be an integer from 0 to 5, got {self.alignment_stages!r}"
             )
         normalisations = get_args(Normalisation)
         if self.normalisation not in normalisations:
@@ -74,8 +75,8 @@ def usual_config(backbone: BackboneName) -> IMCNetConfig:
         return IMCNetConfig(backbone)
     return IMCNetConfig(
         backbone,
-        variant="no_acm",  # this and a single stage: see docs/training.md
-        alignment_stages=1,
+        variant="no_acm",
+        alignment_stages=0,  # neither ACM nor alignment gained anything: see docs/training.md
         normalisation="centred",
         whitening=True,
         motion_cue=True,

@@ -33,9 +33,15 @@ def init(
     num_frames: Annotated[int, typer.Option(help="Frames in a window: 3, 5 or 7.")] = 3,
     frame_stride: StrideOption = 4,
     variant: Annotated[
-        str, typer.Option(help="full, or an ablation: no_acm, no_key_encoder, fpn, regular_conv or no_tsc.")
-    ] = "full",
-    alignment_stages: Annotated[int, typer.Option(help="Stages of the alignment: 1 to 5.")] = 4,
+        str | None,
+        typer.Option(
+            help="full, or an ablation: no_acm, no_key_encoder, fpn, regular_conv or no_tsc. "
+            "Default: full on a ResNet, else no_acm."
+        ),
+    ] = None,
+    alignment_stages: Annotated[
+        int | None, typer.Option(help="Stages of the alignment: 0 to 5. Default: 4 on a ResNet, else 0.")
+    ] = None,
     normalisation: Annotated[
         str | None,
         typer.Option(

@@ -36,7 +36,7 @@ def _make_network(
             num_frames=num_frames,
             frame_stride=frame_stride,
             variant=variant or usual.variant,
-            alignment_stages=alignment_stages or usual.alignment_stages,
+            alignment_stages=usual.alignment_stages if alignment_stages is None else alignment_stages,
         )
         network = build_network(config).eval()
         for module in network.modules():

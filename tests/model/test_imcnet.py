@@ -129,9 +129,9 @@ def test_batch_norm_takes_its_statistics_frame_by_frame_in_training(
         ({"frame_stride": 1.5}, "frame_stride must be an integer of at least 1, got 1.5"),
         ({"variant": "tiny"}, "variant must be one of full.* got 'tiny'"),
         ({"variant": ["fpn"]}, r"variant must be one of full.* got \['fpn'\]"),
-        ({"alignment_stages": 0}, "alignment_stages must be an integer from 1 to 5, got 0"),
-        ({"alignment_stages": 6}, "alignment_stages must be an integer from 1 to 5, got 6"),
-        ({"alignment_stages": 4.0}, "alignment_stages must be an integer from 1 to 5, got 4.0"),
+        ({"alignment_stages": -1}, "alignment_stages must be an integer from 0 to 5, got -1"),
+        ({"alignment_stages": 6}, "alignment_stages must be an integer from 0 to 5, got 6"),
+        ({"alignment_stages": 4.0}, "alignment_stages must be an integer from 0 to 5, got 4.0"),
     ],
 )
 def test_impossible_configurations_are_refused(values: dict[str, object], message: str) -> None:

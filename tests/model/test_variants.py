@@ -135,7 +135,7 @@ SPATIAL = 2 * (192 * 64 + 64) + (128 * 64 + 64) + (9 * 128 * 64 + 64) + 3 * CONV
         (IMCNetConfig(variant="fpn"), FPN - PROPAGATION),
         (IMCNetConfig(variant="regular_conv"), 4 * (CONV3 - STAGE)),
         (IMCNetConfig(variant="no_tsc"), 9 * 192 * 64 + 64 - TEMPORAL - SPATIAL),
-        *((IMCNetConfig(alignment_stages=stages), (stages - 4) * STAGE) for stages in (1, 2, 3, 4, 5)),
+        *((IMCNetConfig(alignment_stages=stages), (stages - 4) * STAGE) for stages in range(6)),
     ],
 )
 def test_a_variant_has_the_parameters_of_its_parts(config: IMCNetConfig, difference: int) -> None:

@@ -87,7 +87,7 @@ def test_weights_of_other_options_are_refused(tmp_path: Path, lite_network: IMCN
     _rewrite(tmp_path / "w", lambda tensors, fields: fields["config"].update(motion_cue=False))
     message = _refusal(tmp_path / "w")
     assert (
-        "1 alignment stage(s), whitening: left over: compensation.trust.bias, compensation.trust" in message
+        "0 alignment stage(s), whitening: left over: compensation.trust.bias, compensation.trust" in message
     )
     assert (
         "compensation.spatial.features.weight: expected (64, 192, 1, 1) float32, got (64, 256, 1, 1)"
