@@ -47,38 +47,6 @@ class ForwardPass(nn.Module):
 
 
 @contextmanager
-def alignment_without_gradients(network: IMCNet) -> Iterator[None]:
-    """Let the neighbours pass through the alignment without gradients; the centre frame keeps its own."""
-    trained = [parameter for parameter in network.alignment.parameters() if parameter.requires_grad]
-    given: list[Tensor] = []
-
-    def detach(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        given.append(inputs[0])
-        return (inputs[0].detach(), *inputs[1:])
-
-    def restore_centre(_: nn.Module, __: tuple[Tensor, ...], aligned: Tensor) -> Tensor:
-        frames = given.pop()
-        centre = frames.shape[1] // 2
-        return torch.cat(
-            [aligned[:, :centre], frames[:, centre : centre + 1], aligned[:, centre + 1 :]], dim=1
-        )
-
-    hooks = [
-        network.alignment.register_forward_pre_hook(detach),
-        network.alignment.register_forward_hook(restore_centre),
-    ]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_(True)
-        for hook in hooks:
-            hook.remove()
-
-
-@contextmanager
 def cue_dropped(cue: nn.Module, dropped: Sequence[bool]) -> Iterator[None]:
     """Set the features of the motion cue to zero for whole windows of the next pass.
 

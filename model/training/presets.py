@@ -183,8 +183,6 @@ class Phase(Optimisation):
         windows: Sources of windows and their weights; each window's source is drawn.
         images: Sources of stills and their weights.
         trained: Prefixes of the parameters that train; empty for all that have a rate.
-        align_every: Steps from one with gradients in the alignment to the next. In the others, the
-            neighbours pass through it without.
         cue_dropout: Probability that a window's motion cue is set to zero.
         validation_size: Side of the network's input in validation.
 
@@ -200,7 +198,6 @@ class Phase(Optimisation):
     windows: tuple[tuple[WindowSource, float], ...] = ()
     images: tuple[tuple[ImageSource, float], ...] = ()
     trained: tuple[str, ...] = ()
-    align_every: int = 1
     cue_dropout: float = 0.0
     validation_size: int = 352
     schedule: Schedule = "cosine"
@@ -211,7 +208,6 @@ class Phase(Optimisation):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _require_at_least(self, 1, "align_every")
         _require_at_least(self, 0, "windows_per_step", "stills_per_step")
         for size in (*self.sizes, self.validation_size):
             _require_size("sizes and validation_size", size)
@@ -292,7 +288,7 @@ _IMAGES: tuple[tuple[ImageSource, float], ...] = (
     ("further_frames", 0.12),
 )
 _STILL_PATH = ("backbone.", "propagation.", "segmentation.")
-_WINDOW_PATH = ("alignment.", "compensation.", "cue.")
+_WINDOW_PATH = ("compensation.", "cue.")
 
 RECIPES: dict[str, Recipe] = {
     # Objects first, from stills and single frames: short at small sizes, then long at those that boundaries
@@ -330,7 +326,6 @@ RECIPES: dict[str, Recipe] = {
                 windows_per_step=4,
                 windows=(("davis16", 0.30), ("further", 0.25), ("composites", 0.35), ("still_windows", 0.10)),
                 trained=_WINDOW_PATH,
-                align_every=2,
                 cue_dropout=0.1,
                 ema_decay=0.995,
                 seed=3,
@@ -346,7 +341,6 @@ RECIPES: dict[str, Recipe] = {
                 stills_per_step=3,
                 windows=(("davis16", 0.30), ("further", 0.25), ("composites", 0.35), ("still_windows", 0.10)),
                 images=_IMAGES,
-                align_every=2,
                 cue_dropout=0.1,
                 ema_decay=0.998,
                 seed=4,

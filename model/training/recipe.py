@@ -14,7 +14,7 @@ from model.training.learning_curve import draw_learning_curve
 from model.training.presets import Phase, Recipe
 from model.training.recipe_report import summary
 from model.training.samples import Joined, Mixture, SampleSource
-from model.training.starts import centre_alignment, describe_start, measure_whitening, new_network
+from model.training.starts import describe_start, measure_whitening, new_network
 from model.training.trainer import (
     CHECKPOINT_NAME,
     WEIGHTS_NAME,
@@ -51,7 +51,7 @@ class RecipeRun:
     Args:
         info: Description for the weights files; each phase adds its steps to the provenance.
         start: Weights file to start from, of the recipe's network; None: ImageNet's weights of the backbone,
-            all else random, with the alignment as the identity and measured whitening.
+            all else random, with measured whitening.
         first: Phase to begin with; those before it are skipped. None: the recipe's first.
         workers: Processes that make samples; 0 makes them in this one.
 
@@ -141,7 +141,6 @@ class RecipeRun:
             return network
         phase = self.phases[place]
         network = new_network(self.recipe.network, "imagenet", seed=phase.seed)
-        centre_alignment(network)
         measure_whitening(network, self._mixture(phase.images), seed=phase.seed)
         return network
 

@@ -9,7 +9,7 @@ import torch
 
 from model.backbone import imagenet_normalisation, load_backbone
 from model.errors import WeightsError
-from model.imcnet import AlignmentStage, IMCNet, IMCNetConfig
+from model.imcnet import IMCNet, IMCNetConfig
 from model.preprocess import normalise
 from model.pyramid import Pyramid
 from model.training.samples import SampleSource
@@ -44,20 +44,6 @@ def new_network(config: IMCNetConfig, backbone_weights: BackboneWeights, *, seed
     if backbone_weights != "random":
         load_backbone(network.backbone, config.backbone, backbone_weights)
     return network
-
-
-@torch.no_grad()
-def centre_alignment(network: IMCNet) -> None:
-    """Let every alignment stage start as the identity: offsets of zero, and kernels that copy their centre.
-
-    From random kernels, the fusion first sees four random convolutions of the neighbours.
-    """
-    for stage in network.alignment.modules():
-        if isinstance(stage, AlignmentStage):
-            for parameter in (*stage.offsets.parameters(), *stage.deform.parameters()):
-                parameter.zero_()
-            channels = torch.arange(len(stage.deform.weight))
-            stage.deform.weight[channels, channels, 1, 1] = 1
 
 
 @torch.inference_mode()

@@ -23,7 +23,6 @@ from model.training.checkpoint import load_checkpoint, replacing, require_same, 
 from model.training.forward_pass import (
     ForwardPass,
     Measurements,
-    alignment_without_gradients,
     cue_dropped,
 )
 from model.training.learning_rates import freeze_all_but, parameter_groups, scale_rates
@@ -246,8 +245,6 @@ class Training:
             conditions.enter_context(self._measured.of(self.network))
         if not isinstance(self.config, Phase):
             return
-        if self.step % self.config.align_every:
-            conditions.enter_context(alignment_without_gradients(self.network))
         if self.config.cue_dropout:
             rng = np.random.default_rng((self.config.seed, self.step, 0, 1))
             dropped = (rng.random(windows) < self.config.cue_dropout).tolist()

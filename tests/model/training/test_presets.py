@@ -102,7 +102,6 @@ def test_the_data_must_serve_the_largest_size_of_samples() -> None:
         ({"sizes": (100,)}, "multiple of 32, got 100"),
         ({"sizes": ()}, "phase joint needs a size"),
         ({"validation_size": 16}, "multiple of 32, got 16"),
-        ({"align_every": 0}, "align_every must be at least 1, got 0"),
         ({"cue_dropout": 1.5}, r"cue_dropout must be within \[0, 1\], got 1.5"),
         ({"windows": ()}, "takes 2 windows a step from 0 sources"),
         ({"stills_per_step": 0}, "takes 0 images a step from 6 sources"),

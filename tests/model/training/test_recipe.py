@@ -117,7 +117,7 @@ def test_the_log_says_how_each_phase_goes(undisturbed: Path) -> None:
     assert set(lines["motion"]["loss"]) == {"windows final"}
     assert set(lines["joint"]["loss"]) == {"windows final", "windows side", "stills final", "stills side"}
     for name in ("motion", "joint"):
-        assert len(lines[name]["offsets"]) == RECIPE.network.alignment_stages == 1
+        assert lines[name]["offsets"] == []
     for line in lines.values():
         assert line["affinity"] is None  # the network has none
         assert line["gradient_norm"] > 0
