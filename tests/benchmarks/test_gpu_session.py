@@ -1,6 +1,4 @@
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -39,21 +37,13 @@ def results(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     absent.mkdir()
     for name in ABSENT:
         (absent / f"{name}.py").write_text(f"raise ModuleNotFoundError('No module named {name}')\n")
-    bare = {
-        "PYTHONPATH": f"{absent}{os.pathsep}{REPOSITORY}",
-        "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",  # a bare machine has no plugins
-        "OMP_NUM_THREADS": "1",
-    }
     options = ["--out", out, "--work", folder / "run", "--device", "cpu", "--minutes", "60"]
-    done = subprocess.run(
-        [sys.executable, "-m", "benchmarks.gpu_session", "run", packed, *options],
-        cwd=REPOSITORY,
-        env={**os.environ, **bare},
-        text=True,
-        capture_output=True,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout == (out / "report.txt").read_text()
+    with pytest.MonkeyPatch.context() as machine:
+        machine.chdir(REPOSITORY)
+        machine.setenv("PYTHONPATH", f"{absent}{os.pathsep}{REPOSITORY}")
+        machine.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")  # a bare machine has no plugins
+        machine.setenv("OMP_NUM_THREADS", "1")
+        main(["run", str(packed), *map(str, options)])  # every part is a process
     return out
 
 
