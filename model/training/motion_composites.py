@@ -51,12 +51,12 @@ class MotionMix:
         shadow: A shadow passes over everything.
     """
 
-    ordinary: float = 0.3
-    crowd: float = 0.25
-    plain: float = 0.17
-    following: float = 0.13
+    ordinary: float = 0.26
+    crowd: float = 0.20
+    plain: float = 0.28
+    following: float = 0.12
     resting: float = 0.08
-    rippling: float = 0.07
+    rippling: float = 0.06
     second_object: float = 0.15
     occluder: float = 0.15
     motion_blur: float = 0.15

@@ -238,7 +238,7 @@ class Recipe:
 
     network: IMCNetConfig
     phases: tuple[Phase, ...]
-    strides: tuple[int, ...] = (2, 3, 4, 5, 6)
+    strides: tuple[int, ...] = (1, 1, 2, 3, 4, 5, 6)
 
     def __post_init__(self) -> None:
         names = [phase.name for phase in self.phases]
@@ -287,6 +287,13 @@ _IMAGES: tuple[tuple[ImageSource, float], ...] = (
     ("davis16_frames", 0.18),
     ("further_frames", 0.12),
 )
+# A fifth without motion: with a tenth, the fusion drops what rests, however salient.
+_WINDOWS: tuple[tuple[WindowSource, float], ...] = (
+    ("davis16", 0.26),
+    ("further", 0.18),
+    ("composites", 0.36),
+    ("still_windows", 0.20),
+)
 _STILL_PATH = ("backbone.", "propagation.", "segmentation.")
 _WINDOW_PATH = ("compensation.", "cue.")
 
@@ -309,9 +316,9 @@ RECIPES: dict[str, Recipe] = {
             ),
             Phase(
                 name="trunk",
-                steps=3000,
-                rates=GroupRates(decoder=2.5e-4, motion=2.5e-4, top=1.25e-4, blocks=5e-5, first_block=8),
-                sizes=(288, 320, 352),
+                steps=1600,
+                rates=GroupRates(decoder=2e-4, motion=2e-4, top=1e-4, blocks=3e-5, first_block=8),
+                sizes=(288, 320, 352, 384),
                 stills_per_step=6,
                 images=_IMAGES,
                 trained=_STILL_PATH,
@@ -320,26 +327,24 @@ RECIPES: dict[str, Recipe] = {
             ),
             Phase(
                 name="motion",
-                steps=3000,
-                rates=GroupRates(motion=3e-4, slow=1e-5),
+                steps=1000,
+                rates=GroupRates(motion=2e-4),
                 sizes=(288, 320, 352),
                 windows_per_step=4,
-                windows=(("davis16", 0.30), ("further", 0.25), ("composites", 0.35), ("still_windows", 0.10)),
+                windows=_WINDOWS,
                 trained=_WINDOW_PATH,
                 cue_dropout=0.1,
-                ema_decay=0.995,
+                ema_decay=0.99,
                 seed=3,
             ),
             Phase(
                 name="joint",
-                steps=1500,
-                rates=GroupRates(
-                    decoder=5e-5, motion=1e-4, slow=1e-5, top=2.5e-5, blocks=1e-5, first_block=8
-                ),
+                steps=1000,
+                rates=GroupRates(decoder=5e-5, motion=1e-4, top=2.5e-5, blocks=1e-5, first_block=8),
                 sizes=(320, 352, 384),
                 windows_per_step=2,
                 stills_per_step=3,
-                windows=(("davis16", 0.30), ("further", 0.25), ("composites", 0.35), ("still_windows", 0.10)),
+                windows=_WINDOWS,
                 images=_IMAGES,
                 cue_dropout=0.1,
                 ema_decay=0.998,
