@@ -230,7 +230,8 @@ class Recipe:
     Args:
         network: What is trained.
         phases: In their order; their names differ.
-        strides: Distances between neighbouring frames of a training window, of which each window draws one.
+        strides: Distances between neighbouring frames of a training window, of which each window draws one;
+            what stands twice is drawn twice as often.
 
     Raises:
         ValueError: Two phases have the same name, or there is none.
