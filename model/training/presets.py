@@ -60,7 +60,8 @@ class GroupRates:
 
     Args:
         decoder: Attention propagation.
-        motion: Alignment except its offsets, compensation, motion cue and head.
+        motion: Alignment except its offsets, compensation except its gate, motion cue and head.
+        gate: Trust of the fusion in the motion cue: 65 numbers, which would hardly move at ``motion``'s rate.
         slow: Alignment offsets, and key encoder and affinity of a network that has them. At the decoder's
             rate, the offsets leave the map and the affinity becomes one-hot.
         top: Last block of the backbone.
@@ -70,6 +71,7 @@ class GroupRates:
 
     decoder: float = 0
     motion: float = 0
+    gate: float = 0
     slow: float = 0
     top: float = 0
     blocks: float = 0
@@ -77,6 +79,8 @@ class GroupRates:
 
     def of(self, parameter: str, *, last_block: int) -> float:
         first, _, rest = parameter.partition(".")
+        if parameter.startswith("compensation.trust."):
+            return self.gate
         if first == "backbone":
             return self._of_block(rest, last_block)
         if first in ("key_encoder", "affinity") or re.match(r"alignment\.stages\.\d+\.offsets\.", parameter):
@@ -329,7 +333,7 @@ RECIPES: dict[str, Recipe] = {
             Phase(
                 name="motion",
                 steps=1000,
-                rates=GroupRates(motion=2e-4),
+                rates=GroupRates(motion=2e-4, gate=6e-3),
                 sizes=(288, 320, 352),
                 windows_per_step=4,
                 windows=_WINDOWS,
@@ -341,7 +345,9 @@ RECIPES: dict[str, Recipe] = {
             Phase(
                 name="joint",
                 steps=1000,
-                rates=GroupRates(decoder=5e-5, motion=1e-4, top=2.5e-5, blocks=1e-5, first_block=8),
+                rates=GroupRates(
+                    decoder=5e-5, motion=1e-4, gate=3e-3, top=2.5e-5, blocks=1e-5, first_block=8
+                ),
                 sizes=(320, 352, 384),
                 windows_per_step=2,
                 stills_per_step=3,

@@ -13,7 +13,7 @@ from model.training.learning_rates import freeze_all_but, parameter_groups
 from model.training.presets import GroupRates
 from model.variants import build_network
 
-RATES = GroupRates(decoder=1, motion=2, slow=3, top=5, blocks=6, first_block=11)
+RATES = GroupRates(decoder=1, motion=2, slow=3, gate=4, top=5, blocks=6, first_block=11)
 EXPECTED = (
     (r"backbone\.blocks\.\d+\.depthwise\.(conv|norm)\.weight", None),
     (r"backbone\.blocks\.15\.", 5),
@@ -21,6 +21,7 @@ EXPECTED = (
     (r"backbone\.", None),
     (r"propagation\.", 1),
     (r"key_encoder\.|affinity\.|alignment\.stages\.\d\.offsets\.", 3),
+    (r"compensation\.trust\.", 4),
     (r"alignment\.|compensation\.|cue\.|segmentation\.", 2),
 )
 
@@ -50,7 +51,7 @@ def test_every_parameter_has_the_rate_of_its_group(network: IMCNet) -> None:
         rate = next(rate for pattern, rate in EXPECTED if re.match(pattern, name))
         if rate is not None:
             expected[name] = rate
-    assert set(expected.values()) == {1, 2, 3, 5, 6}
+    assert set(expected.values()) == {1, 2, 3, 4, 5, 6}
     assert rates_by_name(network, RATES) == expected
 
 
