@@ -51,7 +51,7 @@ def test_a_session_does_all_its_parts_with_what_model_imports(results: Path) -> 
     machine, tests, benchmark, profile, train = (results / "report.txt").read_text().split("\n==== ")
     assert machine.startswith("no CUDA device: a trial on the CPU at tiny sizes")
     assert "there is no CUDA device" in tests  # the reason for skipping
-    for name in ("imcnet-resnet18", "random resnet18"):
+    for name in ("imcnet-efficientnet_lite0", "random resnet18"):
         assert f"{name} at {TINY.size}" in benchmark
     for engine in ("published loop", "torch-float32", "cpu-eager-float32"):
         assert benchmark.count(f"| {engine} |") == 2

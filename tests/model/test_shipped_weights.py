@@ -21,7 +21,7 @@ def test_the_file_is_within_its_budget() -> None:
 def test_it_says_that_it_is_trained_on_what_and_under_which_terms() -> None:
     info = read_info(SHIPPED_WEIGHTS)
     assert info.trained
-    assert info.config.backbone == "resnet18"
+    assert info.config.backbone == "efficientnet_lite0"
     assert "DAVIS" in info.provenance
     assert info.licence == "CC-BY-NC-4.0"
 
@@ -47,4 +47,4 @@ def test_its_masks_are_better_than_a_constant_box(data_dir: Path) -> None:
         box[height // 4 : height - height // 4, width // 4 : width - width // 4] = True
         guessed.append(region_similarity(box, truth))
     assert len(found) == 10
-    assert np.mean(found) > np.mean(guessed) + 0.1
+    assert np.mean(found) > np.mean(guessed) + 0.3
