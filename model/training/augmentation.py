@@ -117,10 +117,6 @@ class Windows:
 
     Training needs the masks of all frames, so windows step over annotated frames: where a data set holds or
     annotates every fifth frame only, ``frame_stride`` counts those.
-
-    Args:
-        reversal: Probability of turning a window's time around.
-        stride_jitter: The stride varies by up to this much either way, but is at least 1.
     """
 
     def __init__(
@@ -130,14 +126,10 @@ class Windows:
         num_frames: int = 3,
         frame_stride: int = 4,
         augmentation: Augmentation = Augmentation(),
-        reversal: float = 0.0,
-        stride_jitter: int = 0,
     ) -> None:
         self._pictures = pictures
         self._layout = WindowLayout(num_frames, frame_stride)
         self._augmentation = augmentation
-        self._reversal = reversal
-        self._stride_jitter = stride_jitter
         self._centres = [(video, place) for video in pictures.videos for place in range(len(video))]
 
     def __len__(self) -> int:
@@ -146,11 +138,7 @@ class Windows:
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
         """The window around an annotated frame, varied."""
         video, centre = self._centres[index]
-        jitter = int(rng.integers(-self._stride_jitter, self._stride_jitter, endpoint=True))
-        layout = WindowLayout(self._layout.num_frames, max(1, self._layout.frame_stride + jitter))
-        places = layout.indices(centre, last=len(video) - 1)
-        if rng.random() < self._reversal:
-            places = places[::-1]
+        places = self._layout.indices(centre, last=len(video) - 1)
         pictures = [self._pictures.read(video[place], size) for place in places]
         return self._augmentation.apply(pictures, rng, size)
 

@@ -28,8 +28,9 @@ def cut_out(picture: Picture, rng: np.random.Generator, view: View) -> Tensor:
     cropped = picture.pixels[:, top:bottom, left:right].float()
     if rng.random() < 0.5:
         cropped = cropped.flip(2)
-    height, width = _target(bottom - top, (right - left) * picture.aspect / view.aspect, rng, view)
-    resized = functional.interpolate(cropped.unsqueeze(0), (height, width), mode="bilinear", antialias=True)
+    extent = float(np.exp(rng.uniform(*np.log(_EXTENT))))
+    sides = _target(bottom - top, (right - left) * picture.aspect / view.aspect, view, extent)
+    resized = functional.interpolate(cropped.unsqueeze(0), sides, mode="bilinear", antialias=True)
     resized = functional.pad(resized, (1, 1, 1, 1)).squeeze(0)
 
     feather = int(rng.choice([3, 5]))
@@ -89,13 +90,7 @@ def _resized(layers: Tensor, picture: Picture, rng: np.random.Generator, view: V
     cropped = layers[:, top:bottom, left:right]
     if rng.random() < 0.5:
         cropped = cropped.flip(2)
-    height, width = bottom - top, (right - left) * picture.aspect / view.aspect
-    scale = min(
-        extent * view.size / np.sqrt(height * width),
-        _MAX_SIDE * view.size / max(height, width),
-        _MAX_MAGNIFICATION,
-    )
-    sides = [max(4, round(height * scale)), max(4, round(width * scale))]
+    sides = _target(bottom - top, (right - left) * picture.aspect / view.aspect, view, extent)
     resized = functional.interpolate(cropped.unsqueeze(0), sides, mode="bilinear", antialias=True)
     return functional.pad(resized, (1, 1, 1, 1)).squeeze(0)
 
@@ -135,11 +130,12 @@ def paste(canvas: Tensor, cut: Tensor, middle: Floats) -> None:
     target.mul_(1 - piece[3:]).add_(piece[: canvas.shape[0]])
 
 
-def _target(height: float, width: float, rng: np.random.Generator, view: View) -> tuple[int, int]:
-    """Pixels that an object takes in the frame, given its sides, in proportion, in the picture's pixels."""
-    extent = view.size * np.exp(rng.uniform(*np.log(_EXTENT)))
+def _target(height: float, width: float, view: View, extent: float) -> tuple[int, int]:
+    """Sides in the frame of an object whose sides in the picture are given, in the frame's proportions."""
     scale = min(
-        extent / np.sqrt(height * width), _MAX_SIDE * view.size / max(height, width), _MAX_MAGNIFICATION
+        extent * view.size / np.sqrt(height * width),
+        _MAX_SIDE * view.size / max(height, width),
+        _MAX_MAGNIFICATION,
     )
     return max(4, round(height * scale)), max(4, round(width * scale))
 

@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from model.training.augmentation import (
     StillWindows,
     Windows,
 )
-from model.training.composites import Composites
 from model.training.motion_composites import MotionComposites, MotionMix
 from model.training.pictures import Pictures, PictureSource
 from model.training.presets import Source, TrainConfig
@@ -30,7 +28,7 @@ from model.training.stored_pictures import TrainingPictures
 from model.training.trainer import TrainingData
 from model.windows import WindowLayout
 
-Dataset = Literal["davis16", "youtube_vos", "youtube_objects", "duts"]
+Dataset = Source
 _MIX = MotionMix()
 _HAND = ("duts", "ecssd", "pascals", "sod", "iseg", "people", "cats", "cow", "alpha", "matte")
 
@@ -60,7 +58,7 @@ class Sources:
         """
         return TrainingData(
             videos=Joined([(self._videos(name), repeats) for name, repeats in self.config.videos]),
-            images=Joined([(self._images(name), repeats) for name, repeats in self.config.images]),
+            images=Joined([(Stills(self._read(name)), repeats) for name, repeats in self.config.images]),
             validation=self._held_out(),
         )
 
@@ -76,21 +74,11 @@ class Sources:
         return HeldOutVideos(sequences, layout)
 
     def _videos(self, name: Source) -> SampleSource:
-        if name == "composites":
-            backgrounds = self._read("davis16") if "davis16" in self.roots else None
-            return Composites(self._read("duts"), videos=backgrounds, num_frames=self.network.num_frames)
         return Windows(
             self._read(name),
             num_frames=self.network.num_frames,
             frame_stride=self.network.frame_stride,
-            reversal=self.config.reversal,
-            stride_jitter=self.config.stride_jitter,
         )
-
-    def _images(self, name: Source) -> SampleSource:
-        if name == "composites":
-            raise ValueError("composites are windows, not stills")
-        return Stills(self._read(name))
 
     def _read(self, name: Dataset) -> Pictures:
         if name not in self._pictures:
