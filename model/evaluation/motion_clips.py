@@ -1,8 +1,8 @@
 """The motion set: clips in which motion alone tells which of several salient things is the foreground.
 
-A clip has 13 frames. One cut-out of a photo moves over a frame of a video. Other cut-outs, as salient as it,
+A clip has 13 frames. One cut-out of a photo moves over a frame of a video. Other cut-outs, equally salient,
 rest on that frame and move with the camera only. Training never sees these photos and videos. A clip is the
-same in every run, but for the rounding of the libraries that decode and resize.
+same in every run, except for rounding in the libraries that decode and resize.
 
 Places run from -1 to 1 and time is counted in steps, as in ``model.training.motion``. A frame is a quarter of
 a step: a window of frames four apart moves as far as one of the composites that networks are trained with.
@@ -52,8 +52,8 @@ class MotionClip:
 
     Args:
         frames: RGB, ``(13, 270, 480, 3)`` uint8.
-        masks: What is visible of the mover, ``(13, 270, 480)`` bool.
-        resting: What is visible of salient things that rest, like ``masks``.
+        masks: Visible part of the mover, ``(13, 270, 480)`` bool.
+        resting: Visible part of the salient things at rest, same shape and type.
     """
 
     frames: NDArray[np.uint8]
@@ -73,7 +73,7 @@ def kind_of(name: str) -> Kind:
         ValueError: There is no such clip.
     """
     if name not in clip_names():
-        raise ValueError(f"no clip is called {name}, but {', '.join(clip_names())}")
+        raise ValueError(f"no clip is called {name}; there are {', '.join(clip_names())}")
     return next(kind for kind in KINDS if name.startswith(kind))
 
 
@@ -81,7 +81,7 @@ class MotionClips:
     """Renders the clips.
 
     Args:
-        stills: Photos of one object each. Those whose names start alike, up to ``_``, show similar things.
+        stills: Photos of one object each. Those with the same prefix, up to ``_``, show similar things.
         videos: Annotated sequences, whose frames serve as backgrounds.
     """
 
@@ -117,7 +117,7 @@ class MotionClips:
         return _compose(scenery.at(_TIMES), moving.at(_TIMES))
 
     def _cast(self, kind: Kind, rng: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
-        """The cut-outs of the mover and of what rests."""
+        """The cut-outs of the mover and of the things at rest."""
         if kind == "crowd":
             alike = self._similar_stills(rng)
             mover = self._cut(alike, rng)
@@ -159,7 +159,7 @@ class _Scenery:
 
 
 def _random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
-    """How fast the background moves in the view, where the mover moves by ``motion`` across it."""
+    """Velocity of the background in the view, for a mover that moves by ``motion`` across it."""
     if following:
         return -rng.uniform(0.7, 1.0) * motion
     return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)
@@ -185,7 +185,7 @@ def _compose(scenery: Tensor, mover: Tensor) -> MotionClip:
 
 
 def _filled(cut: Tensor, picture: Picture, rng: np.random.Generator) -> Tensor:
-    """The shape of a cut-out, with a piece of a picture for its colours."""
+    """Replace the colours of a cut-out by a piece of a picture."""
     side = int(rng.uniform(0.3, 0.8) * _PICTURE_SIDE)
     top, left = rng.integers(0, _PICTURE_SIDE - side + 1, size=2)
     piece = picture.pixels[None, :3, top : top + side, left : left + side].float()
@@ -194,7 +194,7 @@ def _filled(cut: Tensor, picture: Picture, rng: np.random.Generator) -> Tensor:
 
 
 def _resized(cut: Tensor, like: Tensor) -> Tensor:
-    """A cut-out about as large as another one: of as large an area, its proportions unchanged."""
+    """Scale a cut-out to the area of another one; its proportions stay the same."""
     return _scaled(cut, float(np.sqrt(np.prod(like.shape[1:]) / np.prod(cut.shape[1:]))))
 
 

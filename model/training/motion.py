@@ -120,7 +120,7 @@ def random_velocity(rng: np.random.Generator, slowest: float, fastest: float) ->
 
 
 def random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
-    """How fast the background moves in the frame, where an object moves by ``motion`` across it."""
+    """Velocity of the background in the frame, for an object that moves by ``motion`` across it."""
     if following:
         return -rng.uniform(0.6, 1.1) * motion
     return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)

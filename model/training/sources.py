@@ -1,4 +1,4 @@
-"""From the data sets that a stage names to what a run is fed with."""
+"""Sources of samples from the data sets of a stage or from the packed data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -114,7 +114,7 @@ def packed_sources(
     strides: Sequence[int],
     augmentation: Augmentation = STRONG,
 ) -> dict[str, SampleSource]:
-    """Everything that the development data can teach, by name, without what is held out.
+    """All sources of samples in the development data, by name, without held-out pictures.
 
     Windows of ``num_frames``:
 
@@ -162,7 +162,7 @@ def packed_sources(
 
 
 def motion_composites(data: TrainingPictures, *, num_frames: int, mix: MotionMix = _MIX) -> MotionComposites:
-    """Composites of everything that is not held out.
+    """Composites of all pictures that are not held out.
 
     Raises:
         DatasetError: A part of the data is missing or cannot be read.
@@ -173,10 +173,10 @@ def motion_composites(data: TrainingPictures, *, num_frames: int, mix: MotionMix
 
 
 class HeldOutWindows:
-    """Unvaried windows of the held-out sequences, always the same.
+    """Unvaried windows of the held-out sequences, the same in every run.
 
     Args:
-        frame_stride: In frames of the original video.
+        frame_stride: Distance between neighbouring frames of a window, in frames of the original video.
         every: Frames of the original video from one window's centre to the next. The first and the last frame
             of a sequence are no centres, as in the evaluation of DAVIS.
     """
@@ -195,7 +195,7 @@ class HeldOutWindows:
                     self._windows.append((pictures, video, layout.indices(centre, last=len(video) - 1)))
                     names.append(name)
         if missing := set(HELD_OUT_SEQUENCES) - set(names):
-            raise DatasetError(f"the data have no sequence {', '.join(sorted(missing))}")
+            raise DatasetError(f"the data lack the held-out sequence {', '.join(sorted(missing))}")
         self.names = tuple(names)
         """The sequence of each window."""
 
@@ -208,7 +208,7 @@ class HeldOutWindows:
 
 
 class HeldOutVideos:
-    """Unvaried windows of videos, always the same, as ``HeldOutWindows`` takes them of packed data.
+    """Unvaried windows of videos, the same in every run; ``HeldOutWindows`` does this for packed data.
 
     Args:
         every: Frames from one window's centre to the next.
@@ -236,7 +236,7 @@ class HeldOutVideos:
 def held_out_windows(
     data: TrainingPictures, num_frames: int, stride: int, *, every: int = 8
 ) -> HeldOutWindows:
-    """Windows to judge a run by, with the sequence of each in ``names``.
+    """Windows for validation; ``names`` has the sequence of each.
 
     Raises:
         DatasetError: A held-out sequence is missing.
