@@ -1,9 +1,9 @@
-"""Draw a contact sheet of motion composites, to look at before training on them.
+"""Draw a contact sheet of motion composites, to inspect before training on them.
 
     python -m benchmarks.composites_sheet --data ../shared/data --out sheet.jpg
 
-A row shows two windows of one kind: three frames, then the middle one with what moves in red and what is
-salient at rest in blue.
+A row shows two windows of one kind: three frames, then the middle one with moving things in red
+and salient things at rest in blue.
 """
 
 import argparse

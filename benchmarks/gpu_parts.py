@@ -1,6 +1,6 @@
-"""What a session on a borrowed GPU does: tests, benchmark, profile and training, each on its own.
+"""The parts of a session on a borrowed GPU: tests, benchmark, profile and training.
 
-On a CPU, everything is tiny: it shows that the parts work, no more.
+On a CPU, every part runs at a tiny size, which only shows that it works.
 """
 
 import os
@@ -45,7 +45,7 @@ _RESERVE_SECONDS = 20  # for the last copy
 
 @dataclass(frozen=True)
 class Scale:
-    """How much a session does."""
+    """Sizes and precision of a session's parts."""
 
     size: int
     frames: int
@@ -82,7 +82,7 @@ TINY = Scale(32, 2, 1, "resnet18", "float32", torch.float32, "eager", 0)
 
 @dataclass(frozen=True)
 class Session:
-    """What all parts share.
+    """Settings that all parts share.
 
     Args:
         folder: Data and start weights.
@@ -105,7 +105,7 @@ class Session:
 
 
 def run_tests(session: Session) -> None:
-    """Run those tests of ``model/`` that want a GPU, if pytest is installed."""
+    """Run the tests of ``model/`` that need a GPU, if pytest is installed."""
     try:
         import pytest
     except ModuleNotFoundError:
@@ -215,9 +215,9 @@ def _training(session: Session) -> RecipeRun:
 
 
 def copy_results(session: Session, recipe: Recipe) -> None:
-    """Write the best weights in half precision, and what resumes the run in numbered parts, into ``out``.
+    """Write the best weights in half precision and the numbered parts that resume the run into ``out``.
 
-    Where the parts would be too many files or bytes, they are left out, with a message.
+    If the parts are too many files or bytes, they are left out, with a message.
     """
     run, out = session.work, session.out
     best = run / BEST_NAME

@@ -1,4 +1,4 @@
-"""Draw the learning curves of training runs that follow each other: loss, and held-out J.
+"""Draw the learning curves of consecutive training runs: loss and held-out J.
 
     python benchmarks/learning_curves.py runs/shipped/stills runs/shipped/trunk --out learning-curves.png
 

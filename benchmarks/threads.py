@@ -1,9 +1,9 @@
-"""How `imcnet segment` fares on a machine with other work: ``python benchmarks/threads.py``.
+"""Time `imcnet segment` on a machine with other work: ``python benchmarks/threads.py``.
 
-Segments frames of a rendered scene, 640×360, by three settings in turns: as OpenMP's threads wait by default,
-in busy loops; passively, as the command sets it; and with one thread. First on the machine as it is, then
-beside busy processes, one a core. Prints seconds from start to end of the command, median of the rounds, and
-how many times as long as passively.
+Segments frames of a rendered scene, 640×360, with three settings in turns: OpenMP's default, where threads
+wait in busy loops; passive waiting, which the command sets; and one thread. It first runs on the machine as
+it is, then beside busy processes, one per core. Prints the median seconds of a command over the rounds, and
+its ratio to passive waiting.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What `model.benchmark` found, as figures and as a table."""
+"""Results of `model.benchmark`, as figures and as a table."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
@@ -13,7 +13,7 @@ _HEAD = (
 
 
 def figures(result: Result) -> dict[str, Any]:
-    """The figures of a candidate that has run, for JSON: of times and ratios the median over rounds."""
+    """The figures of a candidate that has run, for JSON; times and ratios are medians over rounds."""
     agreement = result.agreement
     assert agreement is not None, "every candidate has run"
     return {

@@ -1,4 +1,4 @@
-"""What tells one trained network from another: backbone, window, variant, and options beyond the paper."""
+"""Configuration of a network: backbone, window, variant, and options beyond the paper."""
 
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -11,19 +11,20 @@ Variant = Literal["full", "no_acm", "no_key_encoder", "fpn", "regular_conv", "no
 
 @dataclass(frozen=True)
 class IMCNetConfig:
-    """What tells one trained network from another.
+    """Configuration of a network, stored with its weights.
 
     Args:
+        backbone: Network that encodes frames.
         num_frames: Frames a window, 3, 5 or 7.
         frame_stride: Distance between neighbouring frames of a window, in frames of the video.
-        variant: Which part is missing or replaced; see ``model.variants.build_network``.
-        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 0 to 5; with none, the
-            neighbours stay as they are.
-        normalisation: Of the images x in [0, 255], by channel: ``imagenet`` is (x / 255 - mean) / deviation
-            with ImageNet's statistics, ``centred`` is (x - 127) / 128.
+        variant: Ablation, which lacks or replaces a part; see ``model.variants.build_network``.
+        alignment_stages: Stages of the cascading alignment, L of Eq. 8-10, 0 to 5; at 0, the
+            neighbours are not aligned.
+        normalisation: Normalisation of images x in [0, 255], by channel: ``imagenet`` is
+            (x / 255 - mean) / deviation with ImageNet's statistics, ``centred`` is (x - 127) / 128.
         whitening: Whether V2 to V4 become W(V) and V5 becomes 2.5 ReLU(W(V5)), where W(V) is
             (V - mean) / sqrt(variance + 1e-5) by channel with fixed statistics; otherwise V stays V.
-        motion_cue: Whether the fusion takes 64 more maps, which say what moves against the camera: softmax
+        motion_cue: Whether the fusion takes 64 more maps, which show motion against the camera: softmax
             (25 C) of the correlation C(p, d) = <V3(p), V3'(p + d)> over displacements d gives the expected
             flow F(p) and its confidence, an affine camera motion A is fitted to F, and convolutions read
             F - A, confidence and C beside V3 and P2 of the centre frame; see ``model.motion_cue``. Its
@@ -70,7 +71,7 @@ class IMCNetConfig:
 
 
 def usual_config(backbone: BackboneName) -> IMCNetConfig:
-    """The paper's network on a ResNet; on an EfficientNet-Lite the one that our weights are trained for."""
+    """For a ResNet the paper's network; for an EfficientNet-Lite the network of the shipped recipe."""
     if imagenet_normalisation(backbone) == "imagenet":
         return IMCNetConfig(backbone)
     return IMCNetConfig(

@@ -85,7 +85,7 @@ class TorchEngine:
 
 
 class StillEngine(TorchEngine):
-    """The network's still path: the middle frame of a window is segmented by itself, whatever moves."""
+    """The network's still path: segments the middle frame of a window by itself, without motion."""
 
     @torch.inference_mode()
     def decode(self, windows: Sequence[Sequence[FrameFeatures]]) -> Tensor:
@@ -127,7 +127,7 @@ def merge_frames(frames: Sequence[FrameFeatures]) -> FrameFeatures:
 
 
 def maps_of(frame: FrameFeatures) -> tuple[Tensor, ...]:
-    """The maps in a fixed order, for what knows tensors alone; the first one is at stride 4."""
+    """The maps in a fixed order, for code that handles only tensors; the first one is at stride 4."""
     if isinstance(frame, EncodedFrame):
         return (*frame.pyramid, frame.key)
     return (frame.features,) if frame.v3 is None else (frame.features, frame.v3)
@@ -143,7 +143,7 @@ def frame_of(maps: Sequence[Tensor]) -> FrameFeatures:
 
 
 def window_of(maps: Sequence[Tensor], num_frames: int) -> list[FrameFeatures]:
-    """Undo ``maps_of`` for the frames of a window, whose maps stand one frame after the other."""
+    """Undo ``maps_of`` for a window, whose maps are given frame by frame."""
     count = len(maps) // num_frames
     return [frame_of(maps[start : start + count]) for start in range(0, len(maps), count)]
 

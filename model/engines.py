@@ -56,17 +56,18 @@ def load_segmenter(
 
 
 def load_still_segmenter(weights: Path, *, device: str, input_size: int | None = None) -> Segmenter:
-    """Load a weights file for its still path: frames are segmented one by one, whatever moves between them.
+    """Load a weights file for its still path, which segments each frame by itself, without motion.
 
-    It shows what the windows of the same weights gain. It has the qualities ``exact`` and ``multi_scale``.
+    Compared with windows of the same weights, it shows what motion contributes. It has the qualities
+    ``exact`` and ``multi_scale``.
 
     Args:
         device: As for ``resolve_device``.
-        input_size: By default the one that the weights were made for.
+        input_size: Default: the one that the weights were made for.
 
     Raises:
         WeightsError: The file cannot be used.
-        DeviceError: The device is not there.
+        DeviceError: The device is not available.
         ValueError: ``input_size`` is not a positive multiple of 32.
     """
     network, info = load_weights(weights)

@@ -33,7 +33,7 @@ SIZE_MULTIPLE = 32
 
 @dataclass(frozen=True)
 class EncodedFrame:
-    """What a window needs of a frame where ACM enhances each frame by the others.
+    """Features of a frame for a network with ACM, which enhances each frame by the others.
 
     Args:
         pyramid: Backbone maps V2 to V5.
@@ -46,7 +46,7 @@ class EncodedFrame:
 
 @dataclass(frozen=True)
 class DecodedFrame:
-    """What a window needs of a frame without ACM: APM then depends on that frame alone.
+    """Features of a frame for a network without ACM, whose APM depends on that frame alone.
 
     Args:
         features: P2, ``(B, C, H/4, W/4)``.
@@ -76,7 +76,8 @@ class IMCNet(nn.Module):
     """Segments the primary object of the middle frame of a window.
 
     A window takes two steps. ``encode_frame`` depends on a single frame, so that a stream encodes each
-    frame once for all of its windows; ``decode_window`` is the rest. ``forward`` is both, for training.
+    frame once for all of its windows; without ACM it includes APM. ``decode_window`` is the rest. ``forward``
+    is both, for training.
 
     The parts stand in the order of the paper: feature extraction (FEM), affinity computing (ACM),
     attention propagation (APM), and motion compensation (MCM) with alignment, compensation and head. Options
@@ -181,6 +182,9 @@ class IMCNet(nn.Module):
 
     def decode_image(self, frame: FrameFeatures) -> Tensor:
         """Segment a frame by itself, as ``segment_image`` does; computes nothing but what its mask needs.
+
+        Args:
+            frame: As ``encode_frame`` returns it.
 
         Returns:
             Foreground logits, ``(B, 1, H/4, W/4)``.

@@ -29,7 +29,7 @@ def conv1x1(in_channels: int, out_channels: int) -> nn.Conv2d:
 
 
 def widen(conv: nn.Conv2d, channels: int) -> None:
-    """Let a convolution take so many more channels, in place; they have no effect at first."""
+    """Add input channels to a convolution, in place; their weights are zero at first."""
     weight = functional.pad(conv.weight.detach(), (0, 0, 0, 0, 0, channels))
     conv.weight = nn.Parameter(weight)
     conv.in_channels += channels

@@ -33,7 +33,7 @@ _REACH = 4  # dilation of the widest convolution, in pixels of V3
 
 
 class Motion(NamedTuple):
-    """What one frame's motion against another is measured to be; float32 or float64.
+    """Measured motion of one frame against another; float32 or float64.
 
     Args:
         flow: Displacement of what ``reference`` shows from the earlier to the later frame, in pixels of V3,
@@ -172,7 +172,7 @@ def expected_flow(correlation: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def camera_flow(flow: Tensor, confidence: Tensor) -> Tensor:
-    """Fit an affine motion to the flow, and let go of what does not follow it.
+    """Fit an affine motion to the flow, robustly: outliers lose their weight.
 
     Iteratively reweighted least squares with a ridge of 0.01: weights are the confidence first, then
     confidence * 0.1 / (0.3 + |residual|)^2.

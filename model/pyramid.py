@@ -1,4 +1,4 @@
-"""The four maps of a frame that a backbone gives, and their whitening."""
+"""The four maps that a backbone makes of a frame, and their whitening."""
 
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple, cast
@@ -45,7 +45,7 @@ class Whitening(nn.Module):
 
 
 class FoldedWhitening(nn.Module):
-    """Stands in for a ``Whitening`` at inference: no variances, of which 16 bit would lose the small ones."""
+    """Replaces a ``Whitening`` at inference: float16 would lose the smallest variances."""
 
     def __init__(self, whitening: Whitening) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
 """The motion set: clips in which motion alone tells which of several salient things is the foreground.
 
-A clip has 13 frames. One cut-out of a photo moves over a frame of a video. Other cut-outs, as salient as it,
+A clip has 13 frames. One cut-out of a photo moves over a frame of a video. Other cut-outs, equally salient,
 rest on that frame and move with the camera only. Training never sees these photos and videos. A clip is the
-same in every run, but for the rounding of the libraries that decode and resize.
+same in every run, except for rounding in the libraries that decode and resize.
 
 Places run from -1 to 1 and time is counted in steps, as in ``model.training.motion``. A frame is a quarter of
 a step: a window of frames four apart moves as far as one of the composites that networks are trained with.
@@ -21,7 +21,7 @@ from torch.nn import functional
 
 from model.datasets import Still, VideoSequence, read_frame, read_mask
 from model.training.cutouts import cut_out, limit_side, paste
-from model.training.motion import Course, Floats, Ripple, View, random_velocity
+from model.training.motion import Floats, MovingCamera, MovingObject, View, random_velocity
 from model.training.pictures import Picture
 
 Kind = Literal["crowd", "plain", "following"]
@@ -38,9 +38,7 @@ _SEEDS: dict[Kind, tuple[int, ...]] = {
 }
 _TIMES = tuple((index - FRAMES // 2) / 4 for index in range(FRAMES))
 _VIEW = View(WIDTH, WIDTH / HEIGHT)  # clips are rendered as squares, then squeezed to their height
-_PICTURE_SIDE = (
-    640  # of the squares that pictures are read as: more than the view's, which sees a part of them
-)
+_PICTURE_SIDE = 640  # of the squares that pictures are read as: the view sees a part of them
 _SPEEDS = (0.03, 0.13)  # of the mover across the background, in sides a step
 _PANS = (0.003, 0.03)  # of a camera that does not follow
 _STILL_CAMERA = 0.5  # share of cameras that only shake, of those that do not follow
@@ -54,8 +52,8 @@ class MotionClip:
 
     Args:
         frames: RGB, ``(13, 270, 480, 3)`` uint8.
-        masks: What is visible of the mover, ``(13, 270, 480)`` bool.
-        resting: What is visible of salient things that rest, like ``masks``.
+        masks: Visible part of the mover, ``(13, 270, 480)`` bool.
+        resting: Visible part of the salient things at rest, same shape and type.
     """
 
     frames: NDArray[np.uint8]
@@ -75,7 +73,7 @@ def kind_of(name: str) -> Kind:
         ValueError: There is no such clip.
     """
     if name not in clip_names():
-        raise ValueError(f"no clip is called {name}, but {', '.join(clip_names())}")
+        raise ValueError(f"no clip is called {name}; there are {', '.join(clip_names())}")
     return next(kind for kind in KINDS if name.startswith(kind))
 
 
@@ -83,7 +81,7 @@ class MotionClips:
     """Renders the clips.
 
     Args:
-        stills: Photos of one object each. Those whose names start alike, up to ``_``, show similar things.
+        stills: Photos of one object each. Those with the same prefix, up to ``_``, show similar things.
         videos: Annotated sequences, whose frames serve as backgrounds.
     """
 
@@ -115,10 +113,11 @@ class MotionClips:
         scenery = _Scenery(self._background(rng), pan, rng)
         for cut, place in zip(resting, places[1:], strict=True):
             scenery.add(cut, place)
-        return _compose(scenery.at(_TIMES), _Mover(mover, places[0], pan + motion, rng).at(_TIMES))
+        moving = MovingObject(mover, pan + motion, rng, _VIEW, place=places[0])
+        return _compose(scenery.at(_TIMES), moving.at(_TIMES))
 
     def _cast(self, kind: Kind, rng: np.random.Generator) -> tuple[Tensor, list[Tensor]]:
-        """The cut-outs of the mover and of what rests."""
+        """The cut-outs of the mover and of the things at rest."""
         if kind == "crowd":
             alike = self._similar_stills(rng)
             mover = self._cut(alike, rng)
@@ -140,66 +139,27 @@ class MotionClips:
         return _read_picture(self._backgrounds[rng.integers(len(self._backgrounds))])
 
 
-class _Mover:
-    """A cut-out that moves, turns, grows, leans and bends."""
-
-    def __init__(self, cut: Tensor, place: Floats, velocity: Floats, rng: np.random.Generator) -> None:
-        self._cut, self._place = cut, place
-        self._reach = cut.shape[2] / _VIEW.size, cut.shape[1] / _VIEW.size  # from its middle
-        self._x, self._y = (Course.random(rng, float(rate), 0.02) for rate in velocity)
-        self._angle = Course.random(rng, rng.normal(0, 0.05), 0.04)
-        self._growth = Course.random(rng, rng.normal(0, 0.03), 0.02)
-        self._lean = Course.random(rng, rng.normal(0, 0.03), 0.03)
-        self._bending = Ripple.random(rng, rng.uniform(0, 0.1))
-
-    def at(self, times: Sequence[float]) -> Tensor:
-        """A cut-out of the view's size for each time, ``(times, 4, size, size)``."""
-        return _VIEW.sample(self._cut, [self._map(time) for time in times], outside="zeros")
-
-    def _map(self, time: float) -> tuple[Floats, Floats]:
-        """Where the view's nodes lie in the cut-out."""
-        x, y = _VIEW.nodes()
-        x, y = x - self._place[0] - self._x.at(time), y - self._place[1] - self._y.at(time)
-        x, y = _VIEW.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
-        x, y = (x + self._lean.at(time) * y) / self._reach[0], y / self._reach[1]
-        bent_x, bent_y = self._bending.at(time, x, y)
-        return x + bent_x, y + bent_y
-
-
 class _Scenery:
-    """A background with what rests on it, seen by a moving camera."""
+    """A background with the cut-outs that rest on it, seen by a moving camera."""
 
     def __init__(self, picture: Picture, pan: Floats, rng: np.random.Generator) -> None:
         colours, coverage = picture.pixels[:3].float(), picture.pixels[3:].float() / 255
-        self._backdrop = torch.cat([colours, coverage])  # what is salient in the picture itself rests as well
-        self._zoom = rng.uniform(1.3, 1.7)
-        self._middle = rng.uniform(-1, 1, size=2) * (1 - 1 / self._zoom)  # of the part that is seen
-        self._x, self._y = (Course.random(rng, float(rate), 0.006) for rate in pan)
-        self._angle = Course.random(rng, rng.normal(0, 0.012), 0.008)
-        self._growth = Course.random(rng, rng.normal(0, 0.015), 0.006)
-        self._relief = Ripple.random(rng, rng.uniform(0, 0.4))  # what is near passes faster than what is far
+        self._backdrop = torch.cat([colours, coverage])  # salient things in the picture itself rest as well
+        self._camera = MovingCamera(pan, rng, _VIEW, zoom=(1.3, 1.7))
 
     def add(self, cut: Tensor, place: Floats) -> None:
         """Let a cut-out rest where the view sees it at ``place`` at time 0, in its size, but for relief."""
-        scale = self._backdrop.shape[1] / (self._zoom * _VIEW.size)
-        paste(self._backdrop, _scaled(cut, scale), self._middle + place / self._zoom)
+        scale = self._backdrop.shape[1] / (self._camera.zoom * _VIEW.size)
+        paste(self._backdrop, _scaled(cut, scale), self._camera.in_picture(place))
 
     def at(self, times: Sequence[float]) -> Tensor:
         """Colours, and the share of each pixel that salient things fill, ``(times, 4, size, size)``."""
-        return _VIEW.sample(self._backdrop, [self._map(time) for time in times], outside="reflection")
-
-    def _map(self, time: float) -> tuple[Floats, Floats]:
-        """Where the view's nodes lie in the backdrop."""
-        x, y = _VIEW.nodes()
-        shift_x, shift_y = self._x.at(time), self._y.at(time)
-        nearness, _ = self._relief.at(0, x - shift_x, y - shift_y)
-        x, y = x - shift_x * (1 + nearness), y - shift_y * (1 + nearness)
-        x, y = _VIEW.turn(x, y, self._angle.at(time), shrink=np.exp(-self._growth.at(time)))
-        return self._middle[0] + x / self._zoom, self._middle[1] + y / self._zoom
+        maps = [self._camera.map(time) for time in times]
+        return _VIEW.sample(self._backdrop, maps, outside="reflection")
 
 
 def _random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
-    """How fast the background moves in the view, where the mover moves by ``motion`` across it."""
+    """Velocity of the background in the view, for a mover that moves by ``motion`` across it."""
     if following:
         return -rng.uniform(0.7, 1.0) * motion
     return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)
@@ -225,7 +185,7 @@ def _compose(scenery: Tensor, mover: Tensor) -> MotionClip:
 
 
 def _filled(cut: Tensor, picture: Picture, rng: np.random.Generator) -> Tensor:
-    """The shape of a cut-out, with a piece of a picture for its colours."""
+    """Replace the colours of a cut-out by a piece of a picture."""
     side = int(rng.uniform(0.3, 0.8) * _PICTURE_SIDE)
     top, left = rng.integers(0, _PICTURE_SIDE - side + 1, size=2)
     piece = picture.pixels[None, :3, top : top + side, left : left + side].float()
@@ -234,7 +194,7 @@ def _filled(cut: Tensor, picture: Picture, rng: np.random.Generator) -> Tensor:
 
 
 def _resized(cut: Tensor, like: Tensor) -> Tensor:
-    """A cut-out about as large as another one: of as large an area, its proportions unchanged."""
+    """Scale a cut-out to the area of another one; its proportions stay the same."""
     return _scaled(cut, float(np.sqrt(np.prod(like.shape[1:]) / np.prod(cut.shape[1:]))))
 
 

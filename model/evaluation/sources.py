@@ -1,4 +1,4 @@
-"""Where the sequences to be scored come from: from folders as they are, unpacked or rendered on demand."""
+"""Sources of the sequences to score: read from folders, unpacked, or rendered on demand."""
 
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -13,7 +13,7 @@ Split = Literal["train", "val", "held-out"]
 
 
 class SequenceSource(Protocol):
-    """Sequences that are known by name before their frames are there.
+    """Sequences whose names are known before their frames exist as files.
 
     Attributes:
         names: All of them, in order.
@@ -22,7 +22,7 @@ class SequenceSource(Protocol):
     names: tuple[str, ...]
 
     def load(self, names: Collection[str], folder: Path) -> list[VideoSequence]:
-        """The sequences called ``names``; files that have to be written go to ``folder``.
+        """The sequences called ``names``; unpacked or rendered files are written to ``folder``.
 
         Raises:
             DatasetError: A sequence is incomplete or cannot be read.
@@ -30,7 +30,7 @@ class SequenceSource(Protocol):
 
 
 class FolderSequences:
-    """Sequences whose files are there."""
+    """Sequences that exist as files."""
 
     def __init__(self, sequences: Iterable[VideoSequence]) -> None:
         self._by_name = {sequence.name: sequence for sequence in sequences}
@@ -54,11 +54,11 @@ class PackedSequences:
 def davis16_source(root: Path, split: Split) -> SequenceSource:
     """The sequences of a split of DAVIS-2016, packed (``root/davis16/<split>``) or unpacked.
 
-    The split ``held-out`` is ``HELD_OUT_SEQUENCES``, which training leaves out: part of ``train`` and, if
-    it is there, of the pack of further sequences, ``root/sequences``.
+    The split ``held-out`` is ``HELD_OUT_SEQUENCES``, which training leaves out. They are part of ``train``
+    and, if that folder exists, of the further sequences in ``root/sequences``.
 
     Raises:
-        DatasetError: There are none of the split, or they are laid out otherwise.
+        DatasetError: ``root`` has no sequence of the split, or another layout.
     """
     source = _source(root, split)
     if not source.names:

@@ -25,8 +25,8 @@ class Augmentation:
         colour: Brightness, contrast and saturation change by up to this share.
         grey: Probability of losing all colour.
         blur: Probability of losing detail, as a smaller picture does that is magnified.
-        noise: Probability of sensor noise, different in every frame.
-        occlusion: Probability of a plain shape in front, in the same place in every frame. It hides at most
+        noise: Probability of sensor noise, which differs in every frame.
+        occlusion: Probability of a plain shape in front, at the same place in every frame. It hides at most
             half of the foreground.
     """
 
@@ -48,12 +48,12 @@ class Augmentation:
         *,
         camera: Camera | None = None,
     ) -> Sample:
-        """One sample of all pictures, varied all alike.
+        """Make one sample of all pictures, with the same variation for each.
 
-        Hard annotations stay hard: the warped mask is cut at one half. Soft ones stay soft.
+        Hard annotations stay hard: the warped mask is thresholded at one half. Soft ones stay soft.
 
         Args:
-            camera: Moves the frames against each other on top of that; by default nothing does.
+            camera: Also moves the frames against each other. Default: no motion between them.
         """
         stack = torch.stack([picture.pixels for picture in pictures]).float()
         placement = self._placement(pictures[0].aspect, rng)
@@ -68,7 +68,7 @@ class Augmentation:
         soft = torch.tensor([picture.soft for picture in pictures]).view(-1, 1, 1)
         masks = torch.where(soft, warped[:, 3], (warped[:, 3] >= 127.5) * 255.0)
         frames = self.recolour(frames, rng)
-        # What is off draws no random number: samples stay the same when an option is added.
+        # Options that are off draw no random numbers, so that adding one leaves samples unchanged.
         if self.occlusion and rng.random() < self.occlusion:
             frames, masks = _occlude(frames, masks, rng)
         masks = masks.add(0.5).to(torch.uint8)
@@ -89,14 +89,14 @@ class Augmentation:
         )
 
     def recolour(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        """Change brightness, contrast and saturation of frames, ``(T, 3, H, W)``, all alike."""
+        """Change brightness, contrast and saturation of all frames, ``(T, 3, H, W)``, in the same way."""
         brightness, contrast, saturation = rng.uniform(1 - self.colour, 1 + self.colour, size=3)
         frames = frames * brightness
         frames = torch.lerp(frames.mean(), frames, contrast)
         return torch.lerp(frames.mean(dim=1, keepdim=True), frames, saturation)
 
     def degrade(self, frames: Tensor, rng: np.random.Generator) -> Tensor:
-        """What a camera makes of frames, ``(T, 3, H, W)``: perhaps grey, blurred or noisy; uint8."""
+        """Degrade frames, ``(T, 3, H, W)``, like a camera: perhaps grey, blurred or noisy; returns uint8."""
         if self.grey and rng.random() < self.grey:
             frames = frames.mean(dim=1, keepdim=True).expand_as(frames)
         if self.blur and rng.random() < self.blur:
@@ -117,10 +117,6 @@ class Windows:
 
     Training needs the masks of all frames, so windows step over annotated frames: where a data set holds or
     annotates every fifth frame only, ``frame_stride`` counts those.
-
-    Args:
-        reversal: Probability of turning a window's time around.
-        stride_jitter: The stride varies by up to this much either way, but is at least 1.
     """
 
     def __init__(
@@ -130,14 +126,10 @@ class Windows:
         num_frames: int = 3,
         frame_stride: int = 4,
         augmentation: Augmentation = Augmentation(),
-        reversal: float = 0.0,
-        stride_jitter: int = 0,
     ) -> None:
         self._pictures = pictures
         self._layout = WindowLayout(num_frames, frame_stride)
         self._augmentation = augmentation
-        self._reversal = reversal
-        self._stride_jitter = stride_jitter
         self._centres = [(video, place) for video in pictures.videos for place in range(len(video))]
 
     def __len__(self) -> int:
@@ -146,19 +138,15 @@ class Windows:
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
         """The window around an annotated frame, varied."""
         video, centre = self._centres[index]
-        jitter = int(rng.integers(-self._stride_jitter, self._stride_jitter, endpoint=True))
-        layout = WindowLayout(self._layout.num_frames, max(1, self._layout.frame_stride + jitter))
-        places = layout.indices(centre, last=len(video) - 1)
-        if rng.random() < self._reversal:
-            places = places[::-1]
+        places = self._layout.indices(centre, last=len(video) - 1)
         pictures = [self._pictures.read(video[place], size) for place in places]
         return self._augmentation.apply(pictures, rng, size)
 
 
 class SequenceWindows:
-    """Windows of videos, of which each is equally likely, around any frame of it.
+    """Windows around any frame of any video; every video is equally likely.
 
-    The index asked for is ignored: the generator alone decides.
+    The index is ignored: the generator decides alone.
 
     Args:
         strides: Distances between the frames of a window, in frames of the original video, equally likely.
@@ -203,9 +191,9 @@ class SequenceWindows:
 
 
 class StillWindows:
-    """Windows in which nothing moves but the camera: one picture, seen as often as a window has frames.
+    """Windows in which only the camera moves: one picture, repeated for every frame.
 
-    The mask is the salient object: without motion, that is what is foreground.
+    The mask is the salient object: without motion, it is the foreground.
     """
 
     def __init__(
@@ -250,7 +238,7 @@ def _lose_detail(frames: Tensor, factor: float) -> Tensor:
 
 
 def _occlude(frames: Tensor, masks: Tensor, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
-    """Put an ellipse or a bar in front, unless it hides more than half of what there is to see."""
+    """Put an ellipse or a bar in front, unless it hides more than half of the foreground of a frame."""
     axis = torch.linspace(-1, 1, frames.shape[-1])
     (x, y), angle = rng.uniform(-0.8, 0.8, size=2), rng.uniform(0, np.pi)
     short, long = rng.uniform(0.04, 0.25), rng.uniform(0.15, 2)

@@ -1,4 +1,4 @@
-"""What a composite shows besides what moves on its own, and how all of it becomes frames and masks."""
+"""The scene behind and in front of a composite's moving objects, and the rendering of frames and masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,12 +12,12 @@ from model.training.cutouts import cut_by_alpha, cut_by_mask, paste
 from model.training.motion import Floats, MovingCamera, MovingObject, Ripple, View
 from model.training.pictures import Picture
 
-_SHUTTER = (-1 / 3, 0.0, 1 / 3)  # what is averaged where motion blurs, in exposures
+_SHUTTER = (-1 / 3, 0.0, 1 / 3)  # moments that motion blur averages, in exposures
 
 
 @dataclass(frozen=True)
 class Thing:
-    """An object to cut out: by its hard mask, or by its alpha."""
+    """An object to cut out by its hard mask or by its alpha."""
 
     picture: Picture
     edges: Literal["mask", "alpha"]
@@ -29,11 +29,11 @@ class Thing:
 
 
 class Scene:
-    """A background with what rests on it and in front, seen by a moving camera.
+    """A background with things at rest on it and perhaps one in front, seen by a moving camera.
 
     Args:
-        pan: How the background moves in the frame, in half sides a step.
-        ripples: Whether the background, with what rests on it, moves like water or leaves.
+        pan: Motion of the background in the frame, in half sides a step.
+        ripples: Whether the background and the things on it move like water or leaves.
     """
 
     def __init__(
@@ -42,9 +42,9 @@ class Scene:
         side = background.pixels.shape[1]
         self._view = view
         self._camera = MovingCamera(pan, rng, view)
-        # What rests is drawn in the background's pixels, of which the frame shows a part.
+        # Things at rest are pasted in the background's pixels, of which the frame shows a part.
         self._own_view = View(round(side / self._camera.zoom), view.aspect)
-        self._backdrop = background.pixels.float()  # colours, and how salient it is
+        self._backdrop = background.pixels.float()  # colours and saliency
         if rng.random() < 0.5:
             self._backdrop = self._backdrop.flip(2)
         self._backdrop[3] /= 255
@@ -52,19 +52,19 @@ class Scene:
         self._waves = _Waves.random(rng) if ripples else None
 
     def rest(self, thing: Thing, rng: np.random.Generator, extent: float) -> None:
-        """Let a thing rest somewhere in the frame."""
+        """Put a thing at rest at a random place in the frame."""
         paste(self._backdrop, thing.cut(rng, self._own_view, extent), self._somewhere(rng))
 
     def occlude(self, thing: Thing, rng: np.random.Generator, *, near: Floats) -> None:
-        """Let a thing stand in front, close to a place of the frame."""
+        """Put a thing in front of the objects, close to a place in the frame."""
         self._front = torch.zeros_like(self._backdrop)
         cut = thing.cut(rng, self._own_view, rng.uniform(0.1, 0.3))
         paste(self._front, cut, self._camera.in_picture(near + rng.uniform(-0.35, 0.35, size=2)))
 
     def at(self, times: Sequence[float]) -> tuple[Tensor, Tensor | None]:
-        """Background and what is in front at each time: ``(times, 4, size, size)`` each.
+        """Background and foreground layer (None without occluder), ``(times, 4, size, size)`` each.
 
-        The fourth channel is how salient the background is, and how opaque what is in front.
+        The fourth channel is saliency in the background and opacity in the foreground layer, in [0, 1].
         """
         disturbance = None if self._waves is None else self._waves.at
         maps = [self._camera.map(time, disturbance) for time in times]
@@ -85,7 +85,7 @@ class _Waves:
     ripple: Ripple
     fineness: float
     pace: float
-    line: Floats  # how much they grow along x and y, and at the middle
+    line: Floats  # slopes of their strength along x and y, and its value at the middle
 
     @classmethod
     def random(cls, rng: np.random.Generator) -> "_Waves":
@@ -104,10 +104,10 @@ class _Waves:
 def render(
     scene: Scene, objects: Sequence[MovingObject], times: Sequence[float], exposure: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Frames, ``(T, 3, size, size)``, and shares of what moves and what is salient, ``(T, size, size)``.
+    """Frames, ``(T, 3, size, size)``, and moving and salient shares of pixels, ``(T, size, size)``.
 
     Args:
-        exposure: How long the shutter is open around each of ``times``; at 0, nothing blurs.
+        exposure: Shutter time around each of ``times``, in steps; 0 for no motion blur.
     """
     moments = [time + exposure * share for time in times for share in (_SHUTTER if exposure else (0,))]
     picture, front = scene.at(moments)
@@ -134,7 +134,7 @@ def flicker(frames: Tensor, rng: np.random.Generator) -> Tensor:
 
 
 def pass_shadow(frames: Tensor, rng: np.random.Generator) -> Tensor:
-    """Let a soft shadow pass over everything, as a cloud's does: it moves, but is no thing."""
+    """Let a soft shadow pass over everything, like that of a cloud: it moves, but is not an object."""
     count, size = len(frames), frames.shape[-1]
     axis = np.linspace(-1, 1, size, dtype=np.float32)
     place, velocity, radius = rng.uniform(-1, 1, size=2), rng.normal(0, 0.2, size=2), rng.uniform(0.2, 0.8)

@@ -1,4 +1,4 @@
-"""One pass of a batch through the network in training: which path, which gradients, and what is measured."""
+"""A training pass of a batch through the network: its path, dropped cues and measurements."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -14,11 +14,11 @@ _AFTER_SIDE_MASKS = ("alignment.", "compensation.", "cue.", "segmentation.")
 
 
 class Maps(NamedTuple):
-    """What the loss is computed from.
+    """Inputs of the loss.
 
     Args:
         logits: Foreground of the centre frames, ``(B, 1, H/4, W/4)``.
-        side_masks: ``(B, T, 4, H, W)`` in [0, 1]; None where nothing that trains has a part in them.
+        side_masks: ``(B, T, 4, H, W)`` in [0, 1]; None if no parameter that trains affects them.
     """
 
     logits: Tensor
@@ -26,7 +26,7 @@ class Maps(NamedTuple):
 
 
 class ForwardPass(nn.Module):
-    """Both ways through the network as one ``forward``, which is all that DistributedDataParallel sees."""
+    """Both paths through the network in one ``forward``, as DistributedDataParallel requires."""
 
     def __init__(self, network: IMCNet) -> None:
         super().__init__()
@@ -66,7 +66,7 @@ def cue_dropped(cue: nn.Module, dropped: Sequence[bool]) -> Iterator[None]:
 
 
 class Measurements:
-    """What tells early that the window path diverges, measured in passes of windows.
+    """Early signs that the window path diverges, measured in passes of windows.
 
     Attributes:
         offsets: Mean |offset| of each alignment stage, in pixels at stride 4.

@@ -1,4 +1,4 @@
-"""Draws the validations of runs that follow each other: loss, and held-out J with motion and without."""
+"""Draws the validations of consecutive runs: loss, and held-out J of windows and of the still path."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +33,7 @@ def draw_learning_curve(histories: Mapping[str, Sequence[Mapping[str, Any]]]) ->
     """Two panels over the steps of all runs: training loss; J of windows and of the still path in percent.
 
     Args:
-        histories: Validations by run, in order, each with ``step``, ``loss``, ``j`` and ``still_j``.
+        histories: Validations by run, in order; each has ``step``, ``loss``, ``j`` and ``still_j``.
     """
     image = Image.new("RGB", _SIZE, "white")
     draw = ImageDraw.Draw(image)

@@ -120,17 +120,30 @@ def random_velocity(rng: np.random.Generator, slowest: float, fastest: float) ->
 
 
 def random_pan(rng: np.random.Generator, motion: Floats, *, following: bool) -> Floats:
-    """How fast the background moves in the frame, where an object moves by ``motion`` across it."""
+    """Velocity of the background in the frame, for an object that moves by ``motion`` across it."""
     if following:
         return -rng.uniform(0.6, 1.1) * motion
     return np.zeros(2) if rng.random() < _STILL_CAMERA else random_velocity(rng, *_PANS)
 
 
 class MovingObject:
-    """A cut-out that moves, turns, grows, leans and bends."""
+    """A cut-out that moves, turns, grows, leans and bends.
 
-    def __init__(self, cut: Tensor, velocity: Floats, rng: np.random.Generator, view: View) -> None:
-        self.place = rng.uniform(-0.6, 0.6, size=2)  # of its middle at time 0
+    Args:
+        velocity: x and y, in half sides a step.
+        place: Its middle at time 0. Default: random.
+    """
+
+    def __init__(
+        self,
+        cut: Tensor,
+        velocity: Floats,
+        rng: np.random.Generator,
+        view: View,
+        *,
+        place: Floats | None = None,
+    ) -> None:
+        self.place = rng.uniform(-0.6, 0.6, size=2) if place is None else place
         self._cut = cut
         self._view = view
         # From its middle, to the right and down.
@@ -157,10 +170,17 @@ class MovingObject:
 
 
 class MovingCamera:
-    """Shows a part of a picture that moves, turns and zooms; what is near passes faster than what is far."""
+    """Shows a moving, turning and zooming part of a picture; near things pass faster than far ones.
 
-    def __init__(self, pan: Floats, rng: np.random.Generator, view: View) -> None:
-        self.zoom = rng.uniform(1.1, 1.7)
+    Args:
+        pan: Motion of the background in the frame, in half sides a step.
+        zoom: Lowest and highest ratio of the picture's side to that of the part.
+    """
+
+    def __init__(
+        self, pan: Floats, rng: np.random.Generator, view: View, *, zoom: tuple[float, float] = (1.1, 1.7)
+    ) -> None:
+        self.zoom = rng.uniform(*zoom)
         self._view = view
         self._middle = rng.uniform(-1, 1, size=2) * (1 - 1 / self.zoom)  # of the part that is seen
         self._x = Course.random(rng, float(pan[0]), 0.006)

@@ -1,7 +1,7 @@
-"""Windows made of cut-outs and stills, in which often nothing but motion tells what is foreground.
+"""Windows composed of cut-outs and stills, in which often only motion tells what is foreground.
 
-The masks show what moves on its own, the side masks everything salient, moving or not. Where nothing moves on
-its own, the masks show what is salient.
+The masks show the objects that move on their own. The side masks show everything salient, moving or not. If
+nothing moves on its own, the masks show what is salient.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,30 +23,30 @@ from model.windows import WindowLayout
 
 Kind = Literal["ordinary", "crowd", "plain", "following", "resting", "rippling"]
 
-_ALIKE = ("ccp", "human", "people", "pets", "cats", "cow")  # sets of things that look alike
+_ALIKE = ("ccp", "human", "people", "pets", "cats", "cow")  # data sets of objects that look alike
 _ASPECTS = (1.0, 1.8)  # of frames, before they are squeezed to squares
-_EXTENTS = (0.13, 0.6)  # of things: root of their area, in sides of the frame
+_EXTENTS = (0.13, 0.6)  # square root of a thing's area, in sides of the frame
 _SPEEDS = (0.015, 0.13)  # of a thing across the background, in sides a step: as DAVIS moves at stride 4
-_EXPOSURES = (0.1, 0.3)  # steps for which the shutter is open, where motion blurs
+_EXPOSURES = (0.1, 0.3)  # shutter times of motion blur, in steps
 CAMERA = Augmentation(colour=0.2, grey=0.1, blur=0.15, noise=0.4)
-_LEAST = 0.004  # share of the frame in the middle that must be foreground
+_LEAST = 0.004  # least foreground share of the centre frame
 _TRIES = 3
 
 
 @dataclass(frozen=True)
 class MotionMix:
-    """How often windows are of which kind, as weights; and what else they show, as probabilities.
+    """Weights of the kinds of windows, and probabilities of other effects.
 
     Args:
-        ordinary: Something moves; up to two other things rest.
-        crowd: Of several things that look alike, one moves.
+        ordinary: One thing moves; up to two others rest.
+        crowd: One of several things that look alike moves.
         plain: A shape with the texture of a background moves; salient things rest.
-        following: The camera follows what moves, so that it is the background that moves most.
-        resting: Nothing moves but the camera.
-        rippling: The background moves like water or leaves; the salient thing hardly does.
-        second_object: In an ordinary window, another thing moves in its own way.
-        occluder: A thing that moves as the background does stands in front.
-        motion_blur: The shutter is open long enough for motion to blur.
+        following: The camera follows the moving thing, so that the background moves most.
+        resting: Only the camera moves.
+        rippling: The background moves like water or leaves; the salient thing hardly moves.
+        second_object: In an ordinary window, a second thing moves independently.
+        occluder: A thing in front moves with the background.
+        motion_blur: Motion blurs.
         light: Brightness changes from frame to frame.
         shadow: A shadow passes over everything.
     """
@@ -65,22 +65,22 @@ class MotionMix:
 
     def __post_init__(self) -> None:
         if min(getattr(self, field.name) for field in fields(self)) < 0 or self.kinds().sum() <= 0:
-            raise ValueError(f"weights and probabilities must be at least 0, one kind's above, got {self}")
+            raise ValueError(f"weights and probabilities must be at least 0, with a kind above 0, got {self}")
 
     def kinds(self) -> Floats:
         return np.array([getattr(self, kind) for kind in get_args(Kind)])
 
 
 class MotionComposites:
-    """Windows in which things move over a background on which others rest; all is drawn at random.
+    """Random windows in which things move over a background on which others rest.
 
-    The index asked for is ignored: the generator alone decides.
+    The index is ignored: the generator decides alone.
 
     Args:
-        stills: Pictures with a salient object each. They serve as objects and as backgrounds.
+        stills: Pictures of a salient object, used as objects and as backgrounds.
         cutouts: Objects with true alpha.
-        backgrounds: Pictures to serve as backgrounds only, and how likely each source is; stills besides take
-            a quarter.
+        backgrounds: Sources of pictures that are backgrounds only, with their weights. A quarter of all
+            backgrounds are stills.
         camera: Colours, blur and noise of the finished frames.
 
     Raises:
@@ -111,7 +111,7 @@ class MotionComposites:
         return len(self._stills)
 
     def sample(self, index: int, rng: np.random.Generator, size: int) -> Sample:
-        """A window of any kind; up to twice, one without foreground in the middle is drawn again."""
+        """A window of any kind. One without foreground in its centre frame is drawn again, up to twice."""
         for _ in range(_TRIES):
             kind: Kind = rng.choice(get_args(Kind), p=self._mix.kinds() / self._mix.kinds().sum())
             sample = self._window(kind, rng, size)
@@ -139,7 +139,7 @@ class MotionComposites:
         return Sample(self._exposed(frames, rng), masks, side_masks)
 
     def _populate(self, scene: Scene, kind: Kind, rng: np.random.Generator, view: View) -> list[Tensor]:
-        """Let things rest in a scene; the cut-outs of what is to move, two at most."""
+        """Put things at rest into a scene; return the cut-outs that move, two at most."""
         size, extent = view.size, _log_uniform(rng, *_EXTENTS)
         if kind == "crowd":
             extent = min(extent, 0.45)
@@ -167,7 +167,7 @@ class MotionComposites:
         return self._camera.degrade(self._camera.recolour(frames, rng), rng)
 
     def _thing(self, rng: np.random.Generator, size: int) -> Thing:
-        """A cut-out, or the object of a still that shows most of it."""
+        """A cut-out, or the object of a still, preferably one that is not cut off."""
         if rng.random() < 0.4:
             return Thing(self._cutouts.read(int(rng.integers(len(self._cutouts))), size), "alpha")
         return self._whole(rng, size, range(len(self._stills)))
@@ -180,7 +180,7 @@ class MotionComposites:
         return Thing(picture, "mask")
 
     def _alike(self, rng: np.random.Generator, size: int, count: int) -> list[Thing]:
-        """Things that look alike: the same again and again, or of the same set."""
+        """Things that look alike: copies of one thing, or things of one data set."""
         if not self._groups or rng.random() < 0.4:
             return [self._thing(rng, size)] * count
         names = sorted(self._groups)
@@ -194,7 +194,7 @@ class MotionComposites:
         return source.read(int(rng.integers(len(source))), size)
 
     def _texture(self, rng: np.random.Generator, size: int) -> Tensor:
-        """A part of a background, brighter or darker."""
+        """A part of a background, made brighter or darker."""
         picture = self._background(rng, size, "plain").pixels[:3]
         side = int(rng.uniform(0.3, 0.8) * picture.shape[1])
         top, left = rng.integers(0, picture.shape[1] - side + 1, size=2)
@@ -202,7 +202,7 @@ class MotionComposites:
 
 
 def _groups(stills: StoredPictures) -> Mapping[str, Sequence[int]]:
-    """Where the stills of each set of things that look alike are; of two at least."""
+    """Positions of the stills of each data set in ``_ALIKE`` that has at least two."""
     places: dict[str, list[int]] = {}
     for place, name in enumerate(stills.names):
         if prefix(name) in _ALIKE:

@@ -1,9 +1,10 @@
-"""The development data as packed: videos with zipped masks, archives of stills, cut-outs, scenes."""
+"""Reads the packed development data: videos with zipped masks, archives of stills, cut-outs and scenes."""
 
 import hashlib
 import io
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,10 +16,9 @@ from model.errors import DatasetError
 from model.training.picture_cache import Entry, PictureCache
 from model.training.stored_pictures import Part, StoredPictures, TrainingPictures, prefix
 
-_FORMAT = 2  # to be raised when the same files are read into other pixels
-_SOFT = frozenset(
-    {"teacher", "matte", "alpha"}
-)  # stills whose masks have shares: of a network, or true alpha
+_FORMAT = 2  # increase it when the same files give different pixels
+# Stills with soft masks: made by a network, or true alpha.
+_SOFT = frozenset({"teacher", "matte", "alpha"})
 _PATTERNS: dict[Part, tuple[str, ...]] = {
     "davis16": ("davis16/train/*.mp4", "davis16/train/*.masks.zip"),
     "further": ("sequences/*.mp4", "sequences/*.masks.zip"),
@@ -29,16 +29,17 @@ _PATTERNS: dict[Part, tuple[str, ...]] = {
 
 
 class PackedData(TrainingPictures):
-    """Reads the development data into memory maps of square pictures, each part when it is first used.
+    """The development data as memory maps of square pictures; each part is opened when first used.
 
-    A part is read once and kept in ``cache``, 4 * side² bytes a picture: at 416 pixels, all parts take 8.6 GB
-    and two and a half minutes of one core. It is read anew when its files have changed, or the cache is
-    damaged. Without the packed files, the cache alone will do. The validation split of DAVIS is never read.
+    A part is decoded once into ``cache``, with 4 * side² bytes a picture: at 416 pixels, all parts take
+    8.6 GB and two and a half minutes of one core. It is decoded again if its files have changed or the cache
+    is damaged. If the packed files are missing, the cache is enough. The validation split of DAVIS is never
+    read.
 
     Args:
-        root: Holds ``davis16/train``, ``sequences``, ``stills``, ``cutouts`` and ``scenes``.
-        cache: A folder for this ``root`` alone.
-        side: Of the pictures, in pixels: the largest size of samples.
+        root: Folder with ``davis16/train``, ``sequences``, ``stills``, ``cutouts`` and ``scenes``.
+        cache: Folder for the caches of this ``root`` only.
+        side: Side of the pictures in pixels: the largest size of samples.
     """
 
     def __init__(self, root: Path, cache: Path, *, side: int) -> None:
@@ -52,7 +53,7 @@ class PackedData(TrainingPictures):
             if (found := cache.open()) is None:
                 raise DatasetError(
                     f"{part}: no {self._root / _PATTERNS[part][0]}, "
-                    f"nor a sound cache of {self.side} pixels a side in {self._cache}"
+                    f"and no intact cache of {self.side} pixels a side in {self._cache}"
                 )
             return found
         for pattern, found_files in zip(_PATTERNS[part], files, strict=True):
@@ -76,7 +77,7 @@ class PackedData(TrainingPictures):
 
 
 def _identity(files: list[Path], root: Path, side: int) -> str:
-    """Changes with the name and the content of any file."""
+    """A digest of the names and contents of all files."""
     digest = hashlib.sha256(f"{_FORMAT} {side}".encode())
     for path in files:
         try:
@@ -96,15 +97,17 @@ def _sequences(folder: Path, side: int) -> Iterator[Entry]:
             try:
                 mask = next(masks)[1].convert("L")
             except StopIteration:
-                raise DatasetError(f"{archive} has masks of {frames} frames, {video.name} has more") from None
+                raise DatasetError(
+                    f"{archive} has {frames} masks, but {video.name} has more frames"
+                ) from None
             yield _entry(f"{video.stem}/{frames:05d}", frame, mask, side, video=video.stem)
             frames += 1
         if next(masks, None) is not None:
-            raise DatasetError(f"{archive} has masks of more than the {frames} frames of {video.name}")
+            raise DatasetError(f"{archive} has more masks than the {frames} frames of {video.name}")
 
 
 def _frames(video: Path) -> Iterator[Image.Image]:
-    import av  # not needed where a cache is there
+    import av  # not needed if there is a cache
     from av.error import FFmpegError
 
     try:
@@ -131,14 +134,14 @@ def _stills(folder: Path, side: int) -> Iterator[Entry]:
 
 
 def _cutouts(folder: Path, side: int) -> Iterator[Entry]:
-    """Objects as they are, with nothing around them; smaller only where they would not fit."""
+    """Objects at their own size on a transparent square; shrunk only if they do not fit."""
     for path in sorted(folder.glob("*.webp")):
         image = _decode(path.read_bytes(), str(path))
         if image.mode != "RGBA":
-            raise DatasetError(f"{path} must have an alpha channel, its mode is {image.mode}")
+            raise DatasetError(f"{path} must have an alpha channel, but its mode is {image.mode}")
         canvas = np.zeros((side, side, 4), np.uint8)
         if max(image.size) > side:
-            # Weighted by alpha, lest the colours of what is transparent spread.
+            # Premultiplied, so that the colours of transparent pixels do not spread.
             weighted = image.convert("RGBa")
             weighted.thumbnail((side, side), Image.Resampling.BILINEAR)
             image = weighted.convert("RGBA")
@@ -162,7 +165,9 @@ def _entry(
     video: str | None = None,
 ) -> Entry:
     if mask.size != image.size:
-        raise DatasetError(f"the mask of {name} must be of its image's size, {image.size}, is {mask.size}")
+        raise DatasetError(
+            f"the mask of {name} must have the size of its image, {image.size}, got {mask.size}"
+        )
     colours = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR))
     coverage = np.asarray(mask.resize((side, side), Image.Resampling.BOX))
     return Entry(name, _stacked(colours, coverage), image.width / image.height, soft, video)
@@ -178,18 +183,19 @@ def _archived(path: Path) -> Iterator[tuple[str, Image.Image]]:
 
 
 def _members(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a zip or tar archive, by name."""
+    """Names and contents of the files in a zip or tar archive, sorted by name."""
     try:
         if path.suffix == ".zip":
             with zipfile.ZipFile(path) as archive:
-                for name in sorted(archive.namelist()):
-                    yield name, archive.read(name)
+                for info in sorted(archive.infolist(), key=lambda info: info.filename):
+                    if not info.is_dir():
+                        yield info.filename, archive.read(info)
         else:
             with tarfile.open(path) as tape:
                 for member in sorted(tape.getmembers(), key=lambda member: member.name):
                     if (file := tape.extractfile(member)) is not None:
                         yield member.name, file.read()
-    except (OSError, zipfile.BadZipFile, tarfile.TarError) as error:
+    except (OSError, zipfile.BadZipFile, tarfile.TarError, zlib.error) as error:
         raise DatasetError(f"cannot read the archive {path}: {error}") from error
 
 

@@ -1,8 +1,8 @@
-"""Pictures on the disk as they are in memory, so that opening thousands of them takes no time.
+"""A cache of decoded pictures on disk, which opens as a memory map.
 
-A cache is two files: ``<name>.pixels``, the bytes of ``(N, 4, side, side)``, and ``<name>.json``, which says
-what they are and what they were made of. The second is written last: without it, the first counts for
-nothing.
+A cache is two files: ``<name>.pixels``, the bytes of ``(N, 4, side, side)``, and ``<name>.json``, the index
+with checksums and the identity of the originals. The index is written last: without it, the pixels are
+ignored.
 """
 
 import fcntl
@@ -26,7 +26,7 @@ _CHECKED = 16  # pictures whose checksums are compared when a cache is opened
 
 @dataclass(frozen=True)
 class Entry:
-    """A picture to store; entries of one video follow each other."""
+    """A picture to store; the entries of a video are consecutive and in temporal order."""
 
     name: str
     pixels: NDArray[np.uint8]  # (4, side, side)
@@ -36,11 +36,11 @@ class Entry:
 
 
 class PictureCache:
-    """One cache in a folder.
+    """A named cache in a folder.
 
     Args:
-        name: Of its files; caches of other sides need other names.
-        side: Of the pictures, in pixels.
+        name: Stem of its files; caches of different sides need different names.
+        side: Side of the pictures in pixels.
     """
 
     def __init__(self, folder: Path, name: str, side: int) -> None:
@@ -49,18 +49,20 @@ class PictureCache:
         self._lock = folder / f"{name}.lock"
 
     def open(self) -> StoredPictures | None:
-        """Whatever is there; None if that is nothing, or damaged."""
+        """The stored pictures, whatever they were made from; None if the cache is missing or damaged."""
         return self._read(None)
 
     def open_or_build(self, made_of: str, entries: Callable[[], Iterable[Entry]]) -> StoredPictures:
-        """What was made of the same, or is made now. Another process that wants it waits meanwhile.
+        """The stored pictures if they were made from the same originals; otherwise build the cache.
+
+        Only one process builds; others wait for it.
 
         Args:
-            made_of: Identifies the originals and how they were read.
-            entries: Reads them.
+            made_of: Identity of the originals and of the way they are read.
+            entries: Reads the originals.
 
         Raises:
-            DatasetError: The cache cannot be written, or ``entries`` raises that.
+            DatasetError: The cache cannot be written, or ``entries`` raises it.
         """
         if (found := self._read(made_of)) is not None:
             return found
@@ -73,7 +75,7 @@ class PictureCache:
         except OSError as error:
             raise DatasetError(f"cannot write the picture cache {self._pixels}: {error}") from error
         if found is None:
-            raise DatasetError(f"{self._pixels} changed while it was written: is the disk sound?")
+            raise DatasetError(f"{self._pixels} is damaged right after it was written: check the disk")
         return found
 
     def _build(self, made_of: str, entries: Iterable[Entry]) -> None:
@@ -106,17 +108,16 @@ class PictureCache:
             if self._pixels.stat().st_size != np.prod(shape):
                 return None
             pixels = np.memmap(self._pixels, np.uint8, "r", shape=shape)
-            checksums = state["checksums"]
-        except (OSError, ValueError, KeyError, TypeError):  # missing or damaged: it can be made again
-            return None
-        checked = np.linspace(0, len(pixels) - 1, min(_CHECKED, len(pixels))).round().astype(int)
-        if any(zlib.crc32(pixels[place].tobytes()) != checksums[place] for place in checked):
+            checked = np.linspace(0, len(pixels) - 1, min(_CHECKED, len(pixels))).round().astype(int)
+            if any(zlib.crc32(pixels[place].tobytes()) != state["checksums"][place] for place in checked):
+                return None
+        except (OSError, ValueError, LookupError, TypeError):  # missing or damaged: it can be built again
             return None
         return StoredPictures(pixels, index)
 
 
 def _videos(of_pictures: Iterable[str | None]) -> Iterator[Video]:
-    """The runs of pictures that are of the same video."""
+    """Group consecutive pictures of the same video."""
     name, first, place = None, 0, 0
     for place, current in enumerate((*of_pictures, None)):
         if current != name:

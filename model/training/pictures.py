@@ -22,7 +22,7 @@ class Picture:
 
     pixels: Tensor  # (4, side, side) uint8: RGB, and how much of the pixel is foreground
     aspect: float  # width by height, before it was squeezed
-    soft: bool = False  # whether the annotation itself has shares, as alpha and the masks of networks have
+    soft: bool = False  # whether the annotation is soft, as alpha and masks made by networks are
 
 
 class PictureSource(Protocol):

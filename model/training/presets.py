@@ -9,7 +9,7 @@ from model.config import IMCNetConfig, usual_config
 
 Precision = Literal["float32", "bfloat16", "float16"]
 Schedule = Literal["halving", "cosine"]
-Source = Literal["davis16", "youtube_vos", "youtube_objects", "duts", "composites"]
+Source = Literal["davis16", "youtube_vos", "youtube_objects", "duts"]
 WindowSource = Literal["davis16", "further", "still_windows", "composites"]
 ImageSource = Literal[
     "hand_stills", "teacher_stills", "clothing_stills", "other_stills", "davis16_frames", "further_frames"
@@ -152,8 +152,6 @@ class TrainConfig(Optimisation):
         batch_size: Windows or stills in a batch, of all devices together.
         image_batches: Batches of stills after each batch of windows; None: as many as it takes for all
             stills to be seen while all windows are.
-        stride_jitter: The window's stride varies by up to this much.
-        reversal: Probability that a window runs backwards.
 
     Raises:
         ValueError: A value is not one of those allowed.
@@ -165,8 +163,6 @@ class TrainConfig(Optimisation):
     size: int = 480
     batch_size: int = 8
     image_batches: int | None = None
-    stride_jitter: int = 0
-    reversal: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -1,4 +1,4 @@
-"""A recipe's phases in their order in one run folder, interrupted anywhere and resumed exactly."""
+"""Trains the phases of a recipe in one run folder; a run may be interrupted anywhere and resumes exactly."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -34,11 +34,11 @@ SUMMARY_NAME = "summary.txt"
 
 @dataclass(frozen=True)
 class RecipeData:
-    """What a recipe learns from.
+    """Data of a recipe.
 
     Args:
-        sources: Windows and stills by the names that phases give them.
-        held_out: Sequences for validation, of which no source holds a frame.
+        sources: Sources of windows and stills, by the names that phases use.
+        held_out: Sequences for validation. No source holds a frame of them.
     """
 
     sources: Mapping[str, SampleSource]
@@ -46,18 +46,18 @@ class RecipeData:
 
 
 class RecipeRun:
-    """Trains a recipe in a folder: a subfolder for each phase, and the best weights, the log and the curve.
+    """Trains a recipe in a folder, with a subfolder for each phase beside best weights, log and curve.
 
     Args:
         info: Description for the weights files; each phase adds its steps to the provenance.
-        start: Weights file to start from, of the recipe's network; None: ImageNet's weights of the backbone,
-            all else random, with measured whitening.
-        first: Phase to begin with; those before it are skipped. None: the recipe's first.
-        workers: Processes that make samples; 0 makes them in this one.
+        start: Weights file of the recipe's network to start from. None: ImageNet's weights for the backbone,
+            measured whitening, and random weights for all other parts.
+        first: Phase to begin with; earlier ones are skipped. None: the recipe's first phase.
+        workers: Processes that make samples; 0 makes them in this process.
 
     Raises:
         CheckpointError: The folder belongs to another run.
-        TrainingError: There is no such phase, phases are skipped without a start, or the start is another
+        TrainingError: There is no such phase, phases are skipped without a start, or the start holds another
             network.
         WeightsError: The start cannot be read.
     """
@@ -86,7 +86,7 @@ class RecipeRun:
         claim_folder(folder, {"recipe": name, "start": self._started_from, "first": self.phases[0].name})
 
     def run(self, *, seconds: float | None = None) -> bool:
-        """Train every phase that is not finished; write curve and summary after each.
+        """Train every unfinished phase; write curve and summary after each.
 
         Args:
             seconds: Stop early after about this long; the next run resumes.
@@ -96,7 +96,7 @@ class RecipeRun:
 
         Raises:
             DatasetError: A picture cannot be read.
-            TrainingError: Training cannot go on.
+            TrainingError: Masks or gradients are no longer finite.
         """
         end = None if seconds is None else time.monotonic() + seconds
         for place, phase in enumerate(self.phases):
@@ -113,7 +113,7 @@ class RecipeRun:
     def _training(self, place: int) -> Training:
         phase, folder = self.phases[place], self.folder / self.phases[place].name
         resumed = (folder / CHECKPOINT_NAME).exists()
-        # What a checkpoint replaces anyway need not be made.
+        # A checkpoint replaces all weights, so the start need not be loaded.
         network = build_network(self.recipe.network) if resumed else self._network(place)
         earlier = [read_history(self.folder / done.name) for done in self.phases[:place]]
         best_j = max((entry["j"] for history in earlier for entry in history), default=RunFiles.best_j)
@@ -170,7 +170,7 @@ class RecipeRun:
 
 
 def phases_from(recipe: Recipe, first: str | None) -> tuple[Phase, ...]:
-    """The phases of a recipe from one on; None for all.
+    """The phases of a recipe from ``first`` on; None for all.
 
     Raises:
         TrainingError: The recipe has no such phase.

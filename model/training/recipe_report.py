@@ -1,4 +1,4 @@
-"""What a recipe's run has reached so far, as a table."""
+"""Progress of a recipe's run, as a table."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -13,9 +13,9 @@ _HEAD = (
 
 
 def summary(folder: Path, phases: Sequence[str]) -> str:
-    """A line for each phase of a run, then J by sequence at the best validation, in percent.
+    """A line for each started phase of a run, then J by sequence at the best validation, in percent.
 
-    ``J`` and ``still J`` are those of windows and of the still path at the phase's last validation.
+    ``J`` (windows) and ``still J`` (still path) are from the phase's last validation.
     """
     lines = [_HEAD]
     log = read_log(folder / LOG_NAME) if (folder / LOG_NAME).exists() else []

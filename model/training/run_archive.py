@@ -1,4 +1,4 @@
-"""A recipe's run in a few files of limited size, to resume it on another machine."""
+"""Packs the run of a recipe into a few files of limited size, to resume it on another machine."""
 
 import gzip
 import io
@@ -16,9 +16,9 @@ PART_NAME = "run.tar.gz"
 
 
 def archive_run(run: Path, recipe: Recipe) -> bytes:
-    """All that resumes a run after its last checkpoint, as a compressed archive.
+    """A compressed archive of all that is needed to resume a run from its last checkpoint.
 
-    Of the phase that was trained last, that is the checkpoint, or the weights if it is finished.
+    It holds the checkpoint of the phase that was trained last, or its weights if that phase is finished.
     """
     phase = newest_weights(run).parent
     steps = {one.name: one.steps for one in recipe.phases}[phase.name]
@@ -45,7 +45,13 @@ def newest_weights(run: Path) -> Path:
 
 
 def write_parts(content: bytes, folder: Path, part_bytes: int) -> None:
-    """Write an archive as ``run.tar.gz.1``, ``.2``, … in place of an earlier one; at most nine parts."""
+    """Write an archive as ``run.tar.gz.1``, ``.2``, … in place of an earlier one.
+
+    Raises:
+        ValueError: It would take more than nine parts.
+    """
+    if len(content) > 9 * part_bytes:
+        raise ValueError(f"{len(content)} bytes take more than nine parts of {part_bytes} bytes")
     stale = set(part_paths(folder))
     for number, first in enumerate(range(0, len(content), part_bytes), start=1):
         path = folder / f"{PART_NAME}.{number}"
@@ -57,7 +63,7 @@ def write_parts(content: bytes, folder: Path, part_bytes: int) -> None:
 
 
 def part_paths(folder: Path) -> list[Path]:
-    """The parts in a folder, in their order."""
+    """The parts in a folder, in order."""
     return sorted(folder.glob(f"{PART_NAME}.?"))
 
 
@@ -68,11 +74,11 @@ def join_parts(folder: Path, run: Path) -> None:
         CheckpointError: The run folder is not empty, or parts are missing or damaged.
     """
     if run.exists() and any(run.iterdir()):
-        raise CheckpointError(f"{run} is not empty: give another folder")
+        raise CheckpointError(f"{run} must be empty or missing: give another folder")
     try:
         content = gzip.decompress(b"".join(path.read_bytes() for path in part_paths(folder)))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise CheckpointError(f"{folder / PART_NAME}.*: parts are damaged: {error}") from error
+        raise CheckpointError(f"{folder / PART_NAME}.*: parts are damaged or missing: {error}") from error
     if not content:
         raise CheckpointError(f"{folder} has no {PART_NAME}.1")
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:

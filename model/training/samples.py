@@ -17,12 +17,12 @@ from model.training.sampling import Batch, JointSampler, Kind
 class Sample:
     """A window of frames with their masks, or a still as a window of one.
 
-    Masks hold the share of foreground, 255 being all: 0 or 255 where the annotation is hard.
+    Masks hold the share of foreground in [0, 255]: only 0 and 255 if the annotation is hard.
     """
 
     frames: Tensor  # (T, 3, size, size) uint8, RGB
-    masks: Tensor  # (T, size, size) uint8: what the final mask should show, which is what moves
-    side_masks: Tensor  # (T, size, size) uint8: everything salient, whether it moves or not
+    masks: Tensor  # (T, size, size) uint8: target of the final mask, which is what moves
+    side_masks: Tensor  # (T, size, size) uint8: target of the side masks: everything salient, moving or not
 
 
 class SampleSource(Protocol):
@@ -56,9 +56,9 @@ class Joined:
 
 
 class Mixture:
-    """Sources of which each sample is drawn: by weight, then any index of the source alike.
+    """Draws each sample from a source chosen by weight, at a uniformly random index.
 
-    The index asked for is ignored: the generator alone decides.
+    The index is ignored: the generator decides alone.
 
     Args:
         sources: Source and its weight; weights need not sum to 1.

@@ -1,12 +1,13 @@
-"""A small copy of the development data in one file, for a machine without the data and a video decoder.
+"""A small copy of the development data in one file, for a machine with neither the data nor a video decoder.
 
-A shard is a zip file of ``index.json`` and, for each picture, ``<part>/<number>.webp`` and its mask as
-``.png``; cut-outs have their mask as the alpha of the image.
+A shard is a zip file with ``index.json`` and, for each picture, ``<part>/<number>.webp`` and its mask as
+``.png``. The mask of a cut-out is the alpha channel of its image.
 """
 
 import io
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,17 +29,17 @@ from model.training.stored_pictures import (
 )
 
 _SHARES: dict[Part, float] = {"davis16": 0.35, "further": 0.2, "cutouts": 0.06, "scenes": 0.04}
-_QUALITY = 75  # of WebP
-_OVERHEAD = 450  # bytes of a picture besides image and mask: its entries in the archive and in the index
-_PROBED = 24  # pictures of a part that tell how many bytes its pictures take
+_WEBP_QUALITY = 75
+_OVERHEAD = 450  # bytes a picture takes besides image and mask: its entries in archive and index
+_PROBED = 24  # pictures that are encoded to estimate the size of a part
 _INDEX = "index.json"
 
 
 class Shard(TrainingPictures):
-    """The pictures of a shard, decoded into memory part by part when first used, 4 * side² bytes each.
+    """The pictures of a shard. Each part is decoded into memory when first used, 4 * side² bytes a picture.
 
     Raises:
-        DatasetError: The file is missing or is no shard.
+        DatasetError: The file is missing or is not a shard.
     """
 
     def __init__(self, path: Path) -> None:
@@ -63,7 +64,7 @@ class Shard(TrainingPictures):
                     tasks.append(threads.submit(_decode, target, files))
                 for task in tasks:
                     task.result()
-        except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
+        except (OSError, zipfile.BadZipFile, zlib.error, KeyError, ValueError) as error:
             raise DatasetError(f"cannot read {part} of the shard {self._path}: {error}") from error
         return StoredPictures(pixels, index)
 
@@ -71,17 +72,17 @@ class Shard(TrainingPictures):
 def write_shard(data: TrainingPictures, path: Path, max_bytes: int, *, side: int = 384) -> None:
     """Write as much of the data into one file as fits.
 
-    - Every n-th frame of every video, the held-out ones included: n is the smallest for which DAVIS takes
-      about 35 % of the bytes, the further sequences 20 %.
-    - Cut-outs (6 %) and scenes (4 %), in a random order that is always the same.
-    - Stills get the rest, in such an order, without the held-out ones.
+    - Every n-th frame of every video, held-out videos included. n is the smallest for which DAVIS takes about
+      35 % of the bytes and the further sequences 20 %.
+    - Cut-outs (6 %) and scenes (4 %), in a fixed random order.
+    - Stills in the rest, also in a fixed random order, without the held-out ones.
 
     Args:
         max_bytes: Largest size of the file.
-        side: Of the pictures, in pixels; at most that of the data.
+        side: Side of the pictures in pixels, at most that of the data.
 
     Raises:
-        ValueError: So few bytes do not hold something of every part, or ``side`` is too large.
+        ValueError: ``max_bytes`` is too small for a picture of every part, or ``side`` is too large.
         DatasetError: A part is missing or cannot be read.
     """
     sources = {part: _source(data, part) for part in _SHARES}
@@ -110,7 +111,7 @@ def _add(
     """Add a choice of pictures to a shard.
 
     Returns:
-        What is known of them, and the bytes that they take: of videos perhaps more than the budget.
+        Their index, and the bytes that they take. Videos may exceed the budget.
     """
     if pictures.videos:
         step = _frame_step(part, pictures, budget, side)
@@ -138,7 +139,7 @@ def _add(
 
 
 def _frame_step(part: Part, pictures: StoredPictures, budget: int, side: int) -> int:
-    """The smallest step at which the frames probably fit."""
+    """Estimate the smallest step at which the frames fit."""
     probed = np.linspace(0, len(pictures) - 1, min(_PROBED, len(pictures))).round().astype(int)
     sizes = [sum(map(len, _encode(part, pictures.read(int(place), side), side))) for place in probed]
     return max(1, int(np.ceil(len(pictures) * (float(np.mean(sizes)) + _OVERHEAD) / max(1, budget))))
@@ -153,7 +154,7 @@ def _thinned(pictures: StoredPictures, step: int) -> tuple[Video, ...]:
 
 
 def _members(part: Part, place: int) -> tuple[str, ...]:
-    """Names of a picture's files in a shard."""
+    """Names of the files of a picture in a shard."""
     image = f"{part}/{place}.webp"
     return (image,) if part == "cutouts" else (image, f"{part}/{place}.png")
 
@@ -163,15 +164,14 @@ def _encode(part: Part, picture: Picture, side: int) -> tuple[bytes, ...]:
     pixels = picture.pixels.permute(1, 2, 0).numpy()
     size = (side, side)
     if part == "cutouts":
-        # Weighted by alpha, lest the black around the object darken its border.
+        # Premultiplied, so that the black around the object does not darken its border.
         weighted = Image.fromarray(pixels).convert("RGBa").resize(size, Image.Resampling.BILINEAR)
         return (_webp(weighted.convert("RGBA")),)
     image = Image.fromarray(np.ascontiguousarray(pixels[..., :3])).resize(size, Image.Resampling.BILINEAR)
     mask = Image.fromarray(np.ascontiguousarray(pixels[..., 3])).resize(size, Image.Resampling.BOX)
     if picture.soft:
-        mask = mask.point(
-            [17 * round(value / 17) for value in range(256)]
-        )  # 16 levels, as the originals have
+        # 16 levels, as in the originals.
+        mask = mask.point([17 * round(value / 17) for value in range(256)])
     else:
         mask = mask.point([255 * (value >= 128) for value in range(256)]).convert("1")
     buffer = io.BytesIO()
@@ -181,12 +181,12 @@ def _encode(part: Part, picture: Picture, side: int) -> tuple[bytes, ...]:
 
 def _webp(image: Image.Image) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, "WEBP", quality=_QUALITY)
+    image.save(buffer, "WEBP", quality=_WEBP_QUALITY)
     return buffer.getvalue()
 
 
 def _decode(target: NDArray[np.uint8], files: Sequence[bytes]) -> None:
-    """Fill ``(4, side, side)`` with what ``_encode`` gave."""
+    """Decode the files that ``_encode`` made into ``target``, ``(4, side, side)``."""
     image, *masks = (Image.open(io.BytesIO(content)) for content in files)
     if masks:
         target[:3] = np.asarray(image.convert("RGB")).transpose(2, 0, 1)

@@ -1,9 +1,8 @@
-"""From the data sets that a stage names to what a run is fed with."""
+"""Sources of samples from the data sets of a stage or from the packed data."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -21,7 +20,6 @@ from model.training.augmentation import (
     StillWindows,
     Windows,
 )
-from model.training.composites import Composites
 from model.training.motion_composites import MotionComposites, MotionMix
 from model.training.pictures import Pictures, PictureSource
 from model.training.presets import Source, TrainConfig
@@ -30,7 +28,7 @@ from model.training.stored_pictures import TrainingPictures
 from model.training.trainer import TrainingData
 from model.windows import WindowLayout
 
-Dataset = Literal["davis16", "youtube_vos", "youtube_objects", "duts"]
+Dataset = Source
 _MIX = MotionMix()
 _HAND = ("duts", "ecssd", "pascals", "sod", "iseg", "people", "cats", "cow", "alpha", "matte")
 
@@ -60,7 +58,7 @@ class Sources:
         """
         return TrainingData(
             videos=Joined([(self._videos(name), repeats) for name, repeats in self.config.videos]),
-            images=Joined([(self._images(name), repeats) for name, repeats in self.config.images]),
+            images=Joined([(Stills(self._read(name)), repeats) for name, repeats in self.config.images]),
             validation=self._held_out(),
         )
 
@@ -76,21 +74,11 @@ class Sources:
         return HeldOutVideos(sequences, layout)
 
     def _videos(self, name: Source) -> SampleSource:
-        if name == "composites":
-            backgrounds = self._read("davis16") if "davis16" in self.roots else None
-            return Composites(self._read("duts"), videos=backgrounds, num_frames=self.network.num_frames)
         return Windows(
             self._read(name),
             num_frames=self.network.num_frames,
             frame_stride=self.network.frame_stride,
-            reversal=self.config.reversal,
-            stride_jitter=self.config.stride_jitter,
         )
-
-    def _images(self, name: Source) -> SampleSource:
-        if name == "composites":
-            raise ValueError("composites are windows, not stills")
-        return Stills(self._read(name))
 
     def _read(self, name: Dataset) -> Pictures:
         if name not in self._pictures:
@@ -126,7 +114,7 @@ def packed_sources(
     strides: Sequence[int],
     augmentation: Augmentation = STRONG,
 ) -> dict[str, SampleSource]:
-    """Everything that the development data can teach, by name, without what is held out.
+    """All sources of samples in the development data, by name, without held-out pictures.
 
     Windows of ``num_frames``:
 
@@ -174,7 +162,7 @@ def packed_sources(
 
 
 def motion_composites(data: TrainingPictures, *, num_frames: int, mix: MotionMix = _MIX) -> MotionComposites:
-    """Composites of everything that is not held out.
+    """Composites of all pictures that are not held out.
 
     Raises:
         DatasetError: A part of the data is missing or cannot be read.
@@ -185,10 +173,10 @@ def motion_composites(data: TrainingPictures, *, num_frames: int, mix: MotionMix
 
 
 class HeldOutWindows:
-    """Unvaried windows of the held-out sequences, always the same.
+    """Unvaried windows of the held-out sequences, the same in every run.
 
     Args:
-        frame_stride: In frames of the original video.
+        frame_stride: Distance between neighbouring frames of a window, in frames of the original video.
         every: Frames of the original video from one window's centre to the next. The first and the last frame
             of a sequence are no centres, as in the evaluation of DAVIS.
     """
@@ -207,7 +195,7 @@ class HeldOutWindows:
                     self._windows.append((pictures, video, layout.indices(centre, last=len(video) - 1)))
                     names.append(name)
         if missing := set(HELD_OUT_SEQUENCES) - set(names):
-            raise DatasetError(f"the data have no sequence {', '.join(sorted(missing))}")
+            raise DatasetError(f"the data lack the held-out sequence {', '.join(sorted(missing))}")
         self.names = tuple(names)
         """The sequence of each window."""
 
@@ -220,7 +208,7 @@ class HeldOutWindows:
 
 
 class HeldOutVideos:
-    """Unvaried windows of videos, always the same, as ``HeldOutWindows`` takes them of packed data.
+    """Unvaried windows of videos, the same in every run; ``HeldOutWindows`` does this for packed data.
 
     Args:
         every: Frames from one window's centre to the next.
@@ -248,7 +236,7 @@ class HeldOutVideos:
 def held_out_windows(
     data: TrainingPictures, num_frames: int, stride: int, *, every: int = 8
 ) -> HeldOutWindows:
-    """Windows to judge a run by, with the sequence of each in ``names``.
+    """Windows for validation; ``names`` has the sequence of each.
 
     Raises:
         DatasetError: A held-out sequence is missing.

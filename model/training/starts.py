@@ -48,9 +48,9 @@ def new_network(config: IMCNetConfig, backbone_weights: BackboneWeights, *, seed
 
 @torch.inference_mode()
 def measure_whitening(network: IMCNet, stills: SampleSource, *, seed: int) -> None:
-    """Set the statistics of the whitening to those of 320 stills at 256 pixels; the same seed sets the same.
+    """Set the whitening to the statistics of 320 stills at 256 pixels, the same for the same seed.
 
-    A network without whitening is left alone.
+    A network without whitening stays as it is.
     """
     if network.whitening is not None:
         network.whitening.measure(_pyramids(network, stills, seed))

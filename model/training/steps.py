@@ -1,4 +1,4 @@
-"""What each step of a training learns from. Equal steps are equal to the bit, wherever a run began."""
+"""The batches of each training step. A step's batches are the same, bit for bit, wherever a run resumes."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Protocol
@@ -13,7 +13,7 @@ from model.training.processes import count, rank
 from model.training.samples import Sample, SampleBatch, SampleSource, TrainingSamples, load_batches
 from model.training.sampling import JointSampler, Kind
 
-StepBatches = Sequence[SampleBatch]  # the gradients of all of them make one optimizer step
+StepBatches = Sequence[SampleBatch]  # their gradients add up to one optimizer step
 
 
 class Steps(Protocol):
@@ -23,13 +23,13 @@ class Steps(Protocol):
         """The batches of the given steps, in their order.
 
         Args:
-            workers: Processes that make them; 0 makes them in this one, when they are asked for.
+            workers: Processes that make them; 0 makes them in this process, on demand.
         """
         ...
 
 
 class JointSteps:
-    """One batch a step, of windows or of stills, as the paper's training alternates them.
+    """One batch a step, of windows or of stills, alternating as in the paper's training.
 
     Raises:
         TrainingError: The data cannot fill such batches.
@@ -56,7 +56,7 @@ class JointSteps:
 
 
 class MixedSteps(Dataset[StepBatches]):
-    """A batch of windows and a batch of stills a step, as a recipe's phase wants them."""
+    """A batch of windows and a batch of stills in every step, as a phase of a recipe sets them."""
 
     def __init__(self, phase: Phase, windows: SampleSource, images: SampleSource) -> None:
         self._phase = phase
@@ -69,7 +69,7 @@ class MixedSteps(Dataset[StepBatches]):
         return DataLoader(self, batch_size=None, sampler=steps, num_workers=workers)
 
     def __getitem__(self, step: int) -> StepBatches:
-        """The batches of a step, counted from 0; both have the side that the step draws."""
+        """The batches of a step, counted from 0. Both have the size that the step draws."""
         seed = self._phase.seed
         size = int(np.random.default_rng((seed, step)).choice(self._phase.sizes))
         batches = []

@@ -1,4 +1,4 @@
-"""Pictures in one block, squeezed to squares of one side, with what is known of them."""
+"""Square pictures in one block of memory, their index, and the development data made of them."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ PARTS: tuple[Part, ...] = ("davis16", "further", "stills", "cutouts", "scenes")
 
 @dataclass(frozen=True)
 class Video:
-    """Pictures that are the frames of a video: from ``first`` up to, not including, ``end``."""
+    """The pictures from ``first`` up to, but not including, ``end`` are the frames of a video."""
 
     name: str
     first: int
@@ -27,13 +27,13 @@ class Video:
 
 @dataclass(frozen=True)
 class PictureIndex:
-    """What is known of stored pictures besides their pixels.
+    """Metadata of stored pictures.
 
     Args:
-        names: Of the pictures: the file's without suffix, or the video's and the frame's number.
-        aspects: Width by height before the pictures were squeezed.
-        soft: Whether the annotation has shares between 0 and 255.
-        videos: In the order of their frames.
+        names: Name of each picture: the file's stem, or ``<video>/<frame>``.
+        aspects: Width by height of each picture before it was squeezed.
+        soft: Whether the annotation of each picture has values between 0 and 255.
+        videos: Videos in the order of their frames.
         frame_step: Frames of the original video from one picture to the next.
     """
 
@@ -45,17 +45,17 @@ class PictureIndex:
 
     def __post_init__(self) -> None:
         if not len(self.names) == len(self.aspects) == len(self.soft):
-            raise ValueError("names, aspects and softness must be of equally many pictures")
+            raise ValueError("names, aspects and soft must have the same length")
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)
 
     @classmethod
     def of_json(cls, stored: dict[str, Any]) -> Self:
-        """What ``as_json`` gave.
+        """Rebuild an index from ``as_json``.
 
         Raises:
-            ValueError, TypeError or KeyError: It is something else.
+            ValueError, TypeError or KeyError: ``stored`` is not such an index.
         """
         videos = tuple(Video(**video) for video in stored["videos"])
         lists = {name: tuple(stored[name]) for name in ("names", "aspects", "soft")}
@@ -63,12 +63,12 @@ class PictureIndex:
 
 
 class StoredPictures:
-    """A picture source on a block of pixels, of which it may show a part.
+    """A picture source on a block of pixels, or on a selection of it.
 
     Args:
-        pixels: ``(N, 4, side, side)`` uint8, one a picture of the index; may be a memory map.
-        places: Which of them this source shows, in this order; by default all.
-        videos: Which of the shown pictures are videos; by default those of the index.
+        pixels: ``(N, 4, side, side)`` uint8, in the order of the index; may be a memory map.
+        places: Positions of the pictures that this source shows, in order. Default: all.
+        videos: Videos among the shown pictures. Default: those of the index.
     """
 
     def __init__(
@@ -97,10 +97,10 @@ class StoredPictures:
         return len(self._places)
 
     def read(self, index: int, size: int) -> Picture:
-        """A picture, of the stored side whatever the size of the sample.
+        """A picture at its stored side, whatever the size of the sample.
 
         Raises:
-            ValueError: Samples of this size would need larger pictures.
+            ValueError: Samples of this size need larger pictures.
         """
         if size > self._pixels.shape[-1]:
             raise ValueError(
@@ -112,12 +112,12 @@ class StoredPictures:
         return Picture(pixels, self._index.aspects[place], self._index.soft[place])
 
     def select(self, keep: Callable[[str], bool]) -> "StoredPictures":
-        """The pictures whose name is to be kept, as single pictures."""
+        """The pictures whose name ``keep`` accepts, as single pictures."""
         places = [place for place in self._places if keep(self._index.names[place])]
         return StoredPictures(self._pixels, self._index, places, videos=())
 
     def select_videos(self, keep: Callable[[str], bool]) -> "StoredPictures":
-        """The videos whose name is to be kept."""
+        """The videos whose name ``keep`` accepts."""
         places: list[int] = []
         videos = []
         for name, frames in zip(self.video_names, self.videos, strict=True):
@@ -128,10 +128,10 @@ class StoredPictures:
 
 
 class TrainingPictures:
-    """The development data by part, without what is held out, unless asked otherwise.
+    """The development data by part. Held-out pictures are left out by default.
 
     Args:
-        open_part: Gives all pictures of a part; called once for each part that is used.
+        open_part: Returns all pictures of a part; called once for each part that is used.
     """
 
     def __init__(self, open_part: Callable[[Part], StoredPictures]) -> None:
@@ -139,7 +139,7 @@ class TrainingPictures:
         self._opened: dict[Part, StoredPictures] = {}
 
     def part(self, name: Part) -> StoredPictures:
-        """All of it, with what is held out.
+        """All pictures of a part, held-out ones included.
 
         Raises:
             DatasetError: The part is missing or cannot be read.
@@ -154,8 +154,8 @@ class TrainingPictures:
         """Photos with the mask of a salient object.
 
         Args:
-            prefixes: What the names begin with, up to the underscore; by default any.
-            exclude: Names to leave out; by default the held-out stills.
+            prefixes: Prefixes of the names, up to the underscore. Default: all.
+            exclude: Names to leave out. Default: the held-out stills.
 
         Raises:
             DatasetError: There are no stills of a prefix.
@@ -177,8 +177,8 @@ class TrainingPictures:
         """Videos with a mask for every frame.
 
         Args:
-            names: Of the sequences to take; by default all.
-            exclude: Names to leave out; by default the held-out sequences.
+            names: Names of the sequences to take. Default: all.
+            exclude: Names to leave out. Default: the held-out sequences.
 
         Raises:
             DatasetError: There is no sequence of a name.
@@ -189,7 +189,7 @@ class TrainingPictures:
         return part.select_videos(lambda name: name not in exclude and (names is None or name in names))
 
     def cutouts(self) -> StoredPictures:
-        """Objects with true alpha on a transparent square, without those of held-out stills."""
+        """Objects with true alpha on a transparent square, without those cut from held-out stills."""
         held_out = held_out_stills()
         return self.part("cutouts").select(lambda name: name not in held_out)
 
@@ -199,5 +199,5 @@ class TrainingPictures:
 
 
 def prefix(name: str) -> str:
-    """What the name of a still or of a cut-out begins with: the set that it comes from."""
+    """The data set that a still or cut-out comes from: its name up to the underscore."""
     return name.partition("_")[0]

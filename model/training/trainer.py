@@ -20,11 +20,7 @@ from model.errors import TrainingError
 from model.imcnet import IMCNet, IMCNetConfig
 from model.preprocess import normalise
 from model.training.checkpoint import load_checkpoint, replacing, require_same, save_checkpoint
-from model.training.forward_pass import (
-    ForwardPass,
-    Measurements,
-    cue_dropped,
-)
+from model.training.forward_pass import ForwardPass, Measurements, cue_dropped
 from model.training.learning_rates import freeze_all_but, parameter_groups, scale_rates
 from model.training.losses import final_loss, side_loss
 from model.training.presets import Phase, Precision, TrainConfig, rate_factor
@@ -207,7 +203,7 @@ class Training:
             parts = self._losses_of(batch)
             losses |= {f"{_NAMES[batch.kind]} {part}": float(loss.detach()) for part, loss in parts.items()}
             total = torch.stack(list(parts.values())).sum()
-            if total.requires_grad:  # without alignment gradients, nothing else may train
+            if total.requires_grad:  # stills have no gradients where only the window path trains
                 self.scaler.scale(total).backward()  # type: ignore[no-untyped-call]
         self.scaler.unscale_(self.optimizer)
         norm = nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
@@ -240,12 +236,10 @@ class Training:
         return parts
 
     def _prepare_windows(self, conditions: ExitStack, windows: int) -> None:
-        """Measure the next pass of windows if it is logged, and drop what this step drops."""
+        """Measure the next pass of windows if its step is logged, and drop motion cues at random."""
         if rank() == 0 and self._is_logged(self.step + 1):
             conditions.enter_context(self._measured.of(self.network))
-        if not isinstance(self.config, Phase):
-            return
-        if self.config.cue_dropout:
+        if isinstance(self.config, Phase) and self.config.cue_dropout:
             rng = np.random.default_rng((self.config.seed, self.step, 0, 1))
             dropped = (rng.random(windows) < self.config.cue_dropout).tolist()
             conditions.enter_context(cue_dropped(self.network.get_submodule("cue"), dropped))

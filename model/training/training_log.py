@@ -1,4 +1,4 @@
-"""A log of a training: a line of JSON for every few steps, with what tells early that something is wrong."""
+"""The log of a training: a line of JSON every few steps, with early signs of divergence."""
 
 import json
 import time
@@ -16,14 +16,17 @@ from model.training.forward_pass import Measurements
 class TrainingLog:
     """Collects the figures of steps and appends them to a file.
 
-    Every line has: ``phase``, ``step`` (the last one), ``steps`` (how many it covers), means over these of
-    ``loss`` by part and of ``gradient_norm``, ``seconds_per_step`` and ``core_seconds_per_step``, ``rates``
-    (highest and lowest), and as measured in the last step ``offsets`` (mean |offset| by alignment stage, in
-    pixels) and ``affinity`` (largest weight, see ``Measurements``; None where the network has none).
+    The fields of a line are:
+
+    - ``phase``, ``step`` (the last one) and ``steps`` (how many the line covers)
+    - means over these steps: ``loss`` by part, ``gradient_norm``, ``seconds_per_step`` and
+      ``core_seconds_per_step``
+    - of the last step: ``rates`` (highest and lowest), ``offsets`` (mean |offset| by alignment stage, in
+      pixels) and ``affinity`` (largest weight, see ``Measurements``; None for a network without affinity)
 
     Args:
-        path: File of the run; phases share it.
-        step: Step from which the phase resumes: lines of later steps are dropped.
+        path: File of the run, shared by its phases.
+        step: Step from which the phase resumes; lines of later steps are dropped.
     """
 
     def __init__(self, path: Path, phase: str, *, step: int) -> None:
@@ -38,7 +41,7 @@ class TrainingLog:
         self._norms.append(gradient_norm)
 
     def write(self, step: int, rates: list[float], measured: Measurements) -> dict[str, Any]:
-        """Append a line about all steps since the last one, and return it."""
+        """Append a line for the steps since the last line, and return it."""
         steps = len(self._norms)
         line = {
             "phase": self._phase,
@@ -63,7 +66,7 @@ class TrainingLog:
         self._began, self._cpu_began = time.monotonic(), time.process_time()
 
     def _drop_after(self, step: int) -> None:
-        """Drop what a killed run has written after its last checkpoint; a torn line too."""
+        """Drop lines that a killed run wrote after its last checkpoint, and an incomplete last line."""
         if not self._path.exists():
             return
         kept = [line for line in read_log(self._path) if line["phase"] != self._phase or line["step"] <= step]
@@ -74,7 +77,7 @@ class TrainingLog:
 
 
 def read_log(path: Path) -> list[dict[str, Any]]:
-    """All whole lines of a log."""
+    """All complete lines of a log."""
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 

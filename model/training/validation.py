@@ -1,4 +1,4 @@
-"""How good a network is while it trains: held-out J, with motion and without, and masks to view."""
+"""Validation during training: held-out J of windows and of the still path, and example masks."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,4 +1,4 @@
-"""Pictures seen at affine places, and a camera that moves them."""
+"""Affine sampling of pictures, and a camera that moves them."""
 
 from dataclasses import dataclass
 
@@ -10,12 +10,12 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Camera:
-    """Moves the frames of a window against each other, as a hand does that holds a camera.
+    """Moves the frames of a window against each other, like a hand-held camera.
 
     Args:
         still: Probability that nothing moves.
-        pan: Standard deviation of the steady motion a frame, in half sides; it turns and zooms a little, too.
-        shake: Standard deviation of the unsteady motion, in half sides.
+        pan: Standard deviation of the steady motion a frame, in half sides; half for rotation and zoom.
+        shake: Standard deviation of the unsteady motion, in half sides; half for rotation and zoom.
     """
 
     still: float = 0.25
@@ -37,7 +37,7 @@ HANDHELD = Camera()
 
 
 def _affine(x: float, y: float, angle: float, growth: float, *, aspect: float) -> Tensor:
-    """Shift, turn and zoom places by little, in a picture's own proportions; homogeneous, ``(3, 3)``."""
+    """A small shift, rotation and zoom in a picture's own proportions; homogeneous, ``(3, 3)``."""
     cosine, sine = np.exp(-growth) * np.cos(angle), np.exp(-growth) * np.sin(angle)
     return torch.tensor(
         [[cosine, -sine / aspect, x], [sine * aspect, cosine, y], [0, 0, 1]], dtype=torch.float32
@@ -49,7 +49,7 @@ def warp(stack: Tensor, placement: Tensor, size: int) -> Tensor:
     source_pixels = stack.shape[-1] / size * float(placement[:, :2].square().sum(dim=1).sqrt().min())
     if source_pixels >= 2:  # per pixel of the sample: too many for bilinear sampling, which sees two
         stack = functional.avg_pool2d(stack, int(source_pixels))
-    channels = stack.flatten(0, 1).unsqueeze(0)  # one picture of many channels, for they share the grid
+    channels = stack.flatten(0, 1).unsqueeze(0)  # one picture of many channels, which share the grid
     grid = functional.affine_grid(placement.unsqueeze(0), [1, 1, size, size], align_corners=False)
     warped = functional.grid_sample(channels, grid, padding_mode="reflection", align_corners=False)
     return warped.view(*stack.shape[:2], size, size)

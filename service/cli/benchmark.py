@@ -123,10 +123,10 @@ def _measure(
 def _others(
     network: "IMCNet", device: "torch.device", input_size: int, directory: Path
 ) -> "tuple[dict[Engine, Gate], dict[str, str]]":
-    """Every other engine that can be had, whether its masks pass or not: that is to be seen.
+    """All other engines available here, whether or not their masks pass the gate.
 
     Returns:
-        The engines and what their masks must hold to, and why there are no others, by name.
+        The engines with their gates, and the reasons why others are unavailable, by name.
     """
     from model.agreement import EXACT_GATE, FAST_GATE
     from model.errors import EngineUnavailable

@@ -28,9 +28,11 @@ _PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 def evaluate(
-    dataset: Annotated[Dataset, typer.Option(help="Data set. motion: rendered clips, from --root.")],
+    dataset: Annotated[
+        Dataset, typer.Option(help="Data set. motion: clips rendered from the data in --root.")
+    ],
     root: Annotated[
-        Path, typer.Option(help="Folder of the data set, unpacked or as packed for development.")
+        Path, typer.Option(help="Folder of the data set: unpacked, or the packed development data.")
     ],
     split: Annotated[
         Split, typer.Option(help="Split of DAVIS. held-out: the sequences that training leaves out.")
@@ -46,7 +48,7 @@ def evaluate(
     path: Annotated[
         SegmentationPath,
         typer.Option(
-            help="windows: by a frame and its neighbours. still: by each frame alone, same weights."
+            help="windows: segment a frame with its neighbours. still: each frame by itself, same weights."
         ),
     ] = "windows",
     results: Annotated[
@@ -89,7 +91,9 @@ def evaluate(
     if path == "still":
         _refuse({"--quality fast": quality == "fast"}, beside="--path still")
     if dataset != "davis16":
-        _refuse({"--attributes": attributes}, beside=f"--dataset {dataset}")
+        _refuse(
+            {"--attributes": attributes, f"--split {split}": split != "val"}, beside=f"--dataset {dataset}"
+        )
     if dataset == "motion":
         _refuse({"--compare-paper": compare_paper, "--paper-row": paper_row}, beside="--dataset motion")
     else:

@@ -1,4 +1,4 @@
-"""What `imcnet evaluate` scores: the sequences of a data set, those chosen, and their attributes."""
+"""Data for `imcnet evaluate`: sources of sequences, the choice among them, and attributes."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -41,7 +41,7 @@ def open_source(dataset: Dataset, root: Path, split: Split) -> "SequenceSource":
 
 
 def choose(listed: Sequence[str], given: str | None) -> list[str]:
-    """The names ``given`` with commas between them, or all.
+    """The names in the comma-separated list ``given``; None for all.
 
     Raises:
         Misconfigured: One is not listed.

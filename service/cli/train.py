@@ -33,7 +33,7 @@ def train(
     context: typer.Context,
     out: Annotated[Path, typer.Option(help="Run folder; a run that it holds is resumed.")],
     recipe: Annotated[
-        str | None, typer.Option(help="shipped: all phases, from ImageNet's weights to those that ship.")
+        str | None, typer.Option(help="shipped: all phases, from ImageNet's weights to the shipped weights.")
     ] = None,
     preset: Annotated[
         str | None, typer.Option(help="stage1 or stage2: a stage of the paper's training.")
@@ -120,7 +120,7 @@ def train(
         )
         return
     if preset is None or recipe is not None:
-        raise Misconfigured("Give --recipe or --preset, one of them.")
+        raise Misconfigured("Give either --recipe or --preset.")
     _refuse(context, _OF_RECIPES, "--recipe")
     _use_machine(threads, nice)
     from model.segmenter import resolve_device
@@ -182,11 +182,11 @@ def _refuse(context: typer.Context, names: Collection[str], needed: str) -> None
         source = context.get_parameter_source(parameter.name or "")
         # By name: typer 0.25 has a private copy of click, whose enumeration is another one than click's.
         if parameter.name in names and source is not None and source.name == "COMMANDLINE":
-            raise Misconfigured(f"{parameter.opts[0]} goes with {needed}.")
+            raise Misconfigured(f"{parameter.opts[0]} needs {needed}.")
 
 
 def _use_machine(threads: int | None, nice: int | None) -> None:
-    """Limit threads and priority of this process; a priority that is lower already stays."""
+    """Limit threads and priority of this process; a priority that is already lower stays."""
     import torch
 
     if threads is not None:

@@ -38,11 +38,11 @@ def train_recipe(
         cache: Folder for the decoded pictures.
         init: Weights file to start from.
         first: Phase to begin with; the earlier ones are skipped.
-        minutes: Stop after about so many.
-        precision, save_every, validate_every: As in ``Phase``, for all phases; None leaves each its own.
+        minutes: Stop after about this many minutes.
+        precision, save_every, validate_every: As in ``Phase``, for all phases. None: the recipe's.
 
     Raises:
-        Misconfigured: There is no such recipe or folder, a value is not allowed, or torchrun starts this.
+        Misconfigured: There is no such recipe or folder, a value is not allowed, or torchrun started this.
     """
     from model.segmenter import resolve_device
     from model.training.packed import PackedData

@@ -1,4 +1,4 @@
-"""What `imcnet train` and `imcnet ablate` are told in the same words."""
+"""Options that `imcnet train` and `imcnet ablate` share."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -63,13 +63,13 @@ DataOption = Annotated[
 ]
 CacheOption = Annotated[
     Path | None,
-    typer.Option(help="Folder for the decoded pictures of --data, 9 GB; default: cache, beside OUT."),
+    typer.Option(help="Folder for the decoded pictures of --data, 9 GB. Default: cache, beside OUT."),
 ]
 FromOption = Annotated[
     str | None, typer.Option("--from", help="Phase of the recipe to begin with; needs --init.")
 ]
 MinutesOption = Annotated[
-    float | None, typer.Option(min=0, help="Stop after about so many minutes; the same command resumes.")
+    float | None, typer.Option(min=0, help="Stop after about this many minutes; the same command resumes.")
 ]
 ThreadsOption = Annotated[
     int | None, typer.Option(min=1, help="Threads. Default: 1 for a recipe, all cores for a preset.")

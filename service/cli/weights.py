@@ -45,8 +45,8 @@ def init(
     normalisation: Annotated[
         str | None,
         typer.Option(
-            help="Range of the images: imagenet, or centred, which is (x - 127) / 128. Default: that of the "
-            "backbone's ImageNet weights."
+            help="Normalisation of images: imagenet, or centred, which is (x - 127) / 128. Default: that of "
+            "the backbone's ImageNet weights."
         ),
     ] = None,
     whitening: Annotated[bool | None, typer.Option(help=f"Whitened backbone maps. {_NOT_THE_PAPERS}")] = None,

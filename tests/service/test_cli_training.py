@@ -178,9 +178,9 @@ def test_without_joint_training_no_stills_are_needed(
     ("changes", "complaint"),
     [
         (("--preset", "stage3"), "There is no preset stage3; there are stage1, stage2."),
-        (("--recipe", "shipped"), "Give --recipe or --preset, one of them."),
-        (("--data", "."), "--data goes with --recipe."),
-        (("--from", "joint"), "--from goes with --recipe."),
+        (("--recipe", "shipped"), "Give either --recipe or --preset."),
+        (("--data", "."), "--data needs --recipe."),
+        (("--from", "joint"), "--from needs --recipe."),
         (("--row", "l9"), "The paper has no row l9; there are full, multi_scale, no_acm,"),
         (("--row", "stage1_only"), "Row stage1_only ends with stage1."),
         (("--size", 100), "size must be a positive multiple of 32, got 100"),
@@ -277,8 +277,8 @@ def test_a_recipe_names_what_it_cannot_take(imcnet: Callable[..., str], tmp_path
     assert "There is no recipe best; there are shipped." in imcnet(*recipe, *data, "--recipe", "best")
     assert "--recipe needs --data, a folder of training data; got None." in imcnet(*recipe)
     assert "got missing." in imcnet(*recipe, "--data", "missing")
-    assert imcnet(*recipe, *data, "--row", "l2") == "--row goes with --preset."
-    assert imcnet(*recipe, *data, "--preload") == "--preload goes with --preset."
+    assert imcnet(*recipe, *data, "--row", "l2") == "--row needs --preset."
+    assert imcnet(*recipe, *data, "--preload") == "--preload needs --preset."
     assert "the recipe has no phase fine; there are stills," in imcnet(*recipe, *data, "--from", "fine")
     assert "davis16: no " in imcnet(*recipe, *data)
     assert not (tmp_path / "run").exists()

@@ -137,5 +137,5 @@ def test_data_that_is_incomplete_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["crowd-0", "crowd-6", "crowd", "walk-1"])
 def test_another_clip_is_refused(name: str) -> None:
-    with pytest.raises(ValueError, match=f"no clip is called {name}, but crowd-1"):
+    with pytest.raises(ValueError, match=f"no clip is called {name}; there are crowd-1"):
         kind_of(name)

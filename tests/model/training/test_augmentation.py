@@ -99,7 +99,7 @@ def test_all_frames_of_a_window_are_changed_alike(tmp_path: Path) -> None:
 
 
 def test_one_seed_makes_one_sample(film: Pictures) -> None:
-    windows = Windows(film, reversal=0.5, stride_jitter=2)
+    windows = Windows(film)
     first, again, other = (windows.sample(5, np.random.default_rng(seed), SIZE) for seed in (1, 1, 2))
     assert torch.equal(first.frames, again.frames)
     assert torch.equal(first.masks, again.masks)
@@ -181,17 +181,6 @@ def test_windows_stay_within_their_video(tmp_path: Path) -> None:
     windows = Windows(Pictures.of_videos(sequences), augmentation=UNCHANGED)
     shades = [set(windows.sample(i, np.random.default_rng(0), 16).frames.unique().tolist()) for i in range(6)]
     assert shades == [{100}] * 3 + [{200}] * 3
-
-
-def test_time_can_be_turned_around(tmp_path: Path) -> None:
-    windows = Windows(write_grey_video(tmp_path, 12), augmentation=UNCHANGED, reversal=1)
-    assert numbers(windows.sample(5, np.random.default_rng(0), 16)) == [9, 5, 1]
-
-
-def test_the_stride_can_vary(tmp_path: Path) -> None:
-    windows = Windows(write_grey_video(tmp_path, 16), augmentation=UNCHANGED, frame_stride=2, stride_jitter=3)
-    seen = {tuple(numbers(windows.sample(7, np.random.default_rng(seed), 16))) for seed in range(80)}
-    assert seen == {(7 - stride, 7, 7 + stride) for stride in range(1, 6)}
 
 
 def test_preloaded_pictures_make_the_same_samples(film: Pictures) -> None:

@@ -198,7 +198,7 @@ def test_nearly_every_window_shows_something(render: Render) -> None:
 
 
 def test_a_mix_needs_a_kind() -> None:
-    with pytest.raises(ValueError, match="at least 0, one kind's above"):
+    with pytest.raises(ValueError, match="at least 0, with a kind above 0"):
         MotionMix(**dict.fromkeys(KINDS, 0.0))
     with pytest.raises(ValueError, match="at least 0"):
         MotionMix(crowd=-0.1)
