@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch.profiler import profile
 
-from model.agreement import EXACT_GATE, FAST_GATE
+from model.agreement import EXACT_GATE, FAST_GATE, Gate
 from model.backbone import BackboneName
 from model.benchmark import compare, untrained_network
 from model.benchmark_report import engine_table, figures
@@ -134,7 +134,8 @@ def benchmark(session: Session) -> None:
 
 def _compare(session: Session, network: IMCNet, name: str, frames: list[Frame], size: int) -> None:
     device, scale = session.device, session.scale
-    others = {_cuda_engine(network, session): FAST_GATE if scale == FULL else EXACT_GATE}
+    gate = FAST_GATE if scale == FULL else EXACT_GATE
+    others: dict[Engine, Gate] = {_cuda_engine(network, session): gate}
     rounds = compare(network, frames, device=device, input_size=size, rounds=scale.rounds, others=others)
     for number, results in enumerate(rounds, start=1):
         print(f"\n{name} at {size}, {len(frames)} frames, round {number} of {scale.rounds}\n")
@@ -173,7 +174,8 @@ def _profile(engine: Engine, size: int, window: int) -> profile:
 
     for _ in range(3):  # chooses kernels, and captures graphs
         segment()
-    with profile() as found:
+    found = profile()
+    with found:
         segment()
     return found
 

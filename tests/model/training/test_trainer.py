@@ -370,7 +370,8 @@ def test_tensorboard_is_told_losses_rates_validations_and_masks(
     ]
     (loss,) = told.Scalars("training/loss")
     assert loss.step == 20
-    assert loss.value == pytest.approx(np.mean([entry["loss"] for entry in run.history]))
+    # The log has four digits of each part of the loss.
+    assert loss.value == pytest.approx(np.mean([entry["loss"] for entry in run.history]), rel=1e-3)
     for name, peak in (("highest", 1e-3), ("lowest", 1e-5)):
         (rate,) = told.Scalars(f"learning rate/{name}")
         assert rate.value == pytest.approx(peak * rate_factor("cosine", 19, 20))
