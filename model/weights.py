@@ -25,6 +25,7 @@ from model.variants import build_network
 FORMAT_VERSION = 1
 # One key: safetensors writes several in random order, and equal weights should make equal files.
 _METADATA_KEY = "imcnet"
+_OPTIONS = ("normalisation", "whitening", "motion_cue")  # of the configuration, beyond the paper
 
 
 @dataclass(frozen=True)
@@ -127,12 +128,22 @@ def save_weights(
     if dtype is not None:
         for name, _ in network.named_parameters():
             tensors[name] = _rounded(path, name, tensors[name], dtype)
-    metadata = {_METADATA_KEY: json.dumps(asdict(info), sort_keys=True)}
+    metadata = {_METADATA_KEY: json.dumps(_fields_of(info), sort_keys=True)}
     try:
         # Not safetensors' own writer: its files can be read by their owner only, whatever the umask.
         _replace(Path(path), save(tensors, metadata))
     except OSError as error:
         raise WeightsError(f"{path}: cannot be written: {error}") from error
+
+
+def _fields_of(info: WeightsInfo) -> dict[str, Any]:
+    """What a file stores. Options beyond the paper are left out where they are off: releases from before
+    them read the file, too."""
+    fields = asdict(info)
+    for name in _OPTIONS:
+        if fields["config"][name] == getattr(IMCNetConfig, name):
+            del fields["config"][name]
+    return fields
 
 
 def _rounded(path: Path | str, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -235,8 +246,7 @@ def _assemble(
 
 
 def _options(config: IMCNetConfig) -> str:
-    names = ("whitening", "motion_cue")
-    return "".join(f", {name}" for name in names if getattr(config, name))
+    return "".join(f", {name}" for name in ("whitening", "motion_cue") if getattr(config, name))
 
 
 def _differences(expected: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> list[str]:
