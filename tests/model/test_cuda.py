@@ -18,7 +18,7 @@ from model.imcnet import IMCNet, foreground_probability
 from model.preprocess import normalise
 from model.scenes import render_scene
 from model.shipped import SHIPPED_WEIGHTS
-from model.weights import load_weights
+from model.weights import WeightsInfo, load_weights, save_weights
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SIZE = 64
@@ -32,13 +32,16 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.02, torch.bfloat16: 0.1}
 PROGRAM = """
 import sys, torch
 from model.cuda import CudaEngine
-from model.shipped import SHIPPED_WEIGHTS
+from model.engine import maps_of
 from model.weights import load_weights
-network, _ = load_weights(SHIPPED_WEIGHTS)
-images = torch.load(sys.argv[1])
-engine = CudaEngine(network, device=torch.device("cpu"), dtype=getattr(torch, sys.argv[3]), capture="eager")
-frames = engine.encode(images)
-torch.save((frames[0].key, engine.decode([frames])), sys.argv[2])
+images, results, dtype, *weights = sys.argv[1:]
+found = []
+for path in weights:
+    network, _ = load_weights(path)
+    engine = CudaEngine(network, device=torch.device("cpu"), dtype=getattr(torch, dtype), capture="eager")
+    frames = engine.encode(torch.load(images))
+    found.append((maps_of(frames[0])[0], engine.decode([frames])))
+torch.save(found, results)
 """
 
 
@@ -174,7 +177,7 @@ def test_a_network_with_the_motion_cue_is_segmented(
     probability = engine.decode([engine.encode(images)])
     expected = _probability(network, images.unbind())
     torch.testing.assert_close(probability, expected, rtol=0, atol=20 * ROUNDING)  # 50 layers, and whitening
-    assert expected.std() > 0.1
+    assert expected.std() > 0.05
 
 
 def test_sizes_can_change_from_batch_to_batch(network: IMCNet, engine: CudaEngine) -> None:
@@ -221,26 +224,27 @@ def test_the_network_is_left_as_it_is(make_network: Callable[..., IMCNet]) -> No
 
 
 @pytest.mark.parametrize("dtype", HALVES)
-def test_16_bit_gives_the_masks_of_float32(tmp_path: Path, dtype: torch.dtype) -> None:
-    """All but CUDA: the fused convolutions are computed by Triton's interpreter."""
+def test_16_bit_gives_the_masks_of_float32(tmp_path: Path, network: IMCNet, dtype: torch.dtype) -> None:
+    """All but CUDA: Triton's interpreter computes the fused convolutions, which the shipped network lacks."""
     images = _scene(3, SIZE)
     torch.save(images, tmp_path / "images.pt")
+    info = WeightsInfo("aligned", network.config, trained=False, provenance="a test", licence="CC0-1.0")
+    save_weights(tmp_path / "aligned", network, info)
+    weights = (SHIPPED_WEIGHTS, tmp_path / "aligned")
     name = str(dtype).removeprefix("torch.")
     subprocess.run(
-        [sys.executable, "-c", PROGRAM, tmp_path / "images.pt", tmp_path / "result.pt", name],
+        [sys.executable, "-c", PROGRAM, tmp_path / "images.pt", tmp_path / "results.pt", name, *weights],
         cwd=REPOSITORY,
         env={**os.environ, "TRITON_INTERPRET": "1"},
         check=True,
     )
-    key, probability = torch.load(tmp_path / "result.pt")
-    assert key.dtype == dtype
-    assert probability.dtype == torch.float32
-    network, _ = load_weights(SHIPPED_WEIGHTS)
-    expected = _probability(network, images.unbind())
-    torch.testing.assert_close(probability, expected, rtol=0, atol=TOLERANCE[dtype])
-    # A mask of 168 pixels: five that bfloat16 flips leave 0.970. The network by itself is left with 0.964 of
-    # it in bfloat16; and at 128 x 128, both with 0.999.
-    assert _iou(probability, expected) >= (0.99 if dtype == torch.float16 else 0.95)
+    for path, (features, probability) in zip(weights, torch.load(tmp_path / "results.pt"), strict=True):
+        assert features.dtype == dtype
+        assert probability.dtype == torch.float32
+        expected = _probability(load_weights(path)[0], images.unbind())
+        torch.testing.assert_close(probability, expected, rtol=0, atol=TOLERANCE[dtype])
+        # bfloat16 flips 18 of the shipped network's 687 pixels of foreground: 0.974.
+        assert _iou(probability, expected) >= (0.99 if dtype == torch.float16 else 0.95)
 
 
 # ---- What is refused ----------------------------------------------------------------------------------
