@@ -248,8 +248,8 @@ def compare(
 
     Yields:
         After each round the results so far: of the published loop, of the same with the faster deformable
-        convolution, and of our engines. A round before the first warms up, and does not count: on CUDA with
-        all frames, so that every batch has been captured, or its kernels chosen.
+        convolution if the network has any, and of our engines. A round before the first warms up, and does
+        not count: on CUDA with all frames, so that every batch has been captured, or its kernels chosen.
     """
     segmenter = Segmenter(network, device=str(device), input_size=input_size)
 
@@ -257,14 +257,13 @@ def compare(
         segmenter.engines["exact"] = observed = Observed(engine)
         return list(segmenter.segment(images)), observed.work
 
-    loops = [
-        PublishedLoop(network, device=device, input_size=input_size, torchvision_deform=published)
-        for published in (True, False)
-    ]
+    published_loop = partial(PublishedLoop, network, device=device, input_size=input_size)
+    loops = {"published loop": published_loop(torchvision_deform=True)}
+    if any(isinstance(module, DeformableConv) for module in network.modules()):
+        loops["published loop, sampled deformable convolution"] = published_loop(torchvision_deform=False)
     engines = {segmenter.engines["exact"]: EXACT_GATE, **(others or {})}
     runs: dict[str, tuple[Callable[[Sequence[Frame]], tuple[list[Mask], Work]], Gate | None]] = {
-        "published loop": (loops[0].run, None),
-        "published loop, sampled deformable convolution": (loops[1].run, None),
+        **{name: (loop.run, None) for name, loop in loops.items()},
         **{engine.name: (partial(segment, engine), gate) for engine, gate in engines.items()},
     }
     results = [Result(name=name, frames=len(frames), gate=gate) for name, (_, gate) in runs.items()]
