@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from model.errors import WeightsError
-from model.imcnet import IMCNet, IMCNetConfig, Variant
+from model.imcnet import DecodedFrame, EncodedFrame, IMCNet, IMCNetConfig, Variant
 from model.variants import ROWS, PyramidDecoder, build_network, row_of
 from model.views import Quality
 from model.weights import WeightsInfo, load_weights, save_weights
@@ -243,10 +243,19 @@ def test_without_acm_every_frame_is_decoded_like_a_still(make_network: MakeNetwo
             torch.testing.assert_close(together[:, index], network.segment_image(images).side_masks[:, 0])
 
 
-@pytest.mark.parametrize("variant", ["no_acm", "no_key_encoder"])
-def test_without_key_encoder_the_key_is_v5_itself(make_network: MakeNetwork, variant: Variant) -> None:
+def test_without_acm_a_window_is_made_of_decoded_frames(make_network: MakeNetwork) -> None:
+    network = make_network(variant="no_acm").double()
+    windows = _random(2, 3, 3, 64, 64).double()
     with torch.inference_mode():
-        frame = make_network(variant=variant).encode_frame(_random(1, 3, 64, 64))
+        frames = [network.encode_frame(images) for images in windows.unbind(1)]
+        assert all(isinstance(frame, DecodedFrame) and frame.v3 is None for frame in frames)
+        torch.testing.assert_close(network.decode_window(frames), network(windows).logits)
+
+
+def test_without_key_encoder_the_key_is_v5_itself(make_network: MakeNetwork) -> None:
+    with torch.inference_mode():
+        frame = make_network(variant="no_key_encoder").encode_frame(_random(1, 3, 64, 64))
+    assert isinstance(frame, EncodedFrame)
     assert frame.key is frame.pyramid.v5
 
 
