@@ -32,7 +32,7 @@ demo: $(INSTALLED) ## send a video (VIDEO=path) through the whole service; resul
 up: $(INSTALLED) ## run API, worker and a private Redis in this terminal (WEIGHTS=path, or IMCNET_WEIGHTS)
 	$(BIN)/imcnet up $(if $(WEIGHTS),--weights "$(WEIGHTS)")
 
-train: $(INSTALLED) ## train the weights that ship, or resume that (DATA=folder OUT=runs/shipped)
+train: $(INSTALLED) ## train the default weights, or resume a training (DATA=folder OUT=runs/shipped)
 	$(BIN)/imcnet train --recipe shipped --data "$(or $(DATA),$(IMCNET_TEST_DATA))" --out "$(or $(OUT),runs/shipped)"
 
 test: $(INSTALLED) ## run all tests

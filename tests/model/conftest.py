@@ -91,7 +91,7 @@ def network64() -> IMCNet:
 
 @pytest.fixture(scope="session")
 def lite_network() -> IMCNet:
-    """The usual one on EfficientNet-Lite0: without ACM, with all options. Shared like ``network``."""
+    """EfficientNet-Lite0 in its usual configuration: no ACM, all options. Shared like ``network``."""
     return _make_network(backbone="efficientnet_lite0")
 
 
